@@ -1,0 +1,177 @@
+"""Recipes: an ordered list of passes with their gates, and how much data to fit and to check on, in YAML.
+
+::
+
+    calibration: {fit: 256, check: 512, seed: 0}
+    gate: {metric: exact_match, max_drop: 0.02}            # the gate of every step that has none of its own
+    passes:
+      - prune.structured: {ratio: 0.3}
+      - quantize.gptq: {bits: 4, group: 64}
+        gate: {metric: exact_match, max_drop: 0.01, on_fail: retry}
+
+Names resolve through the menu that is passed in, never as code paths: a recipe cannot run code of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from .base import Json, Pass
+from .errors import RecipeError, did_you_mean
+from .gate import Gate
+
+Menu = Callable[[str], type[Pass]]  # name -> class; raises RecipeError for an unknown name
+DEFAULT_GATE = Gate(metric="exact_match", max_drop=0.02)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How many questions passes may look at (`fit`), how many judge them (`check`), and the seed of all draws."""
+
+    fit: int = 256
+    check: int = 512
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Step:
+    """One pass and its gate (None: measured, never stopped)."""
+
+    step: Pass
+    gate: Gate | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a pipeline is to do; `to_json` is what report.json and the resume fingerprint hold."""
+
+    steps: tuple[Step, ...]
+    calibration: Calibration = field(default_factory=Calibration)
+    name: str = "recipe"
+
+    def to_json(self) -> dict[str, Json]:
+        passes = []
+        for s in self.steps:
+            row: dict[str, Json] = {s.step.name: s.step.settings()}
+            if s.gate is not None:
+                row["gate"] = s.gate.to_json()
+            passes.append(row)
+        return {"name": self.name, "calibration": dataclasses.asdict(self.calibration), "passes": passes}
+
+    @classmethod
+    def from_json(cls, value: Json, menu: Menu, *, name: str = "recipe") -> Recipe:
+        """Check every key and build the passes.
+
+        Raises:
+            RecipeError: naming the step, the key and the nearest known one.
+        """
+        if not isinstance(value, Mapping):
+            raise RecipeError("a recipe is a mapping with the key 'passes'", where=name, found=repr(value)[:80])
+        _known(value, {"calibration", "gate", "passes", "name"}, name)
+        calibration = _calibration(value.get("calibration", {}), f"{name}: calibration")
+        gate = Gate.from_json(value["gate"], where=f"{name}: gate") if value.get("gate") else DEFAULT_GATE
+        rows = value.get("passes")
+        if not isinstance(rows, list) or not rows:
+            raise RecipeError(
+                "a recipe lists at least one pass",
+                where=name,
+                found=repr(rows),
+                change="passes: [{quantize.gptq: {bits: 4}}]",
+            )
+        steps = tuple(_step(row, gate, menu, f"{name}: passes[{i}]") for i, row in enumerate(rows))
+        return cls(steps, calibration, str(value.get("name", name)))
+
+    def override(self, assignments: list[tuple[str, str, str]]) -> Recipe:
+        """Replace settings: (pass name, key, YAML value), as `-p quantize.gptq:bits=3` gives them, in every such step.
+
+        Raises:
+            RecipeError: the recipe has no such pass, or the pass no such setting.
+        """
+        steps = list(self.steps)
+        for name, key, text in assignments:
+            hits = [i for i, s in enumerate(steps) if s.step.name == name]
+            where = f"-p {name}:{key}={text}"
+            if not hits:
+                raise RecipeError(
+                    f"the recipe has no pass '{name}'",
+                    where=where,
+                    change=did_you_mean(name, {s.step.name for s in steps}),
+                )
+            for i in hits:
+                settings = steps[i].step.settings() | {key: yaml.safe_load(text)}
+                steps[i] = Step(type(steps[i].step).from_settings(settings, where=where), steps[i].gate)
+        return dataclasses.replace(self, steps=tuple(steps))
+
+    def with_gate(self, gate: Gate) -> Recipe:
+        """The same recipe with `gate` on every step."""
+        return dataclasses.replace(self, steps=tuple(Step(s.step, gate) for s in self.steps))
+
+
+def read_recipe(source: str | Path, menu: Menu, shipped: Mapping[str, Path]) -> Recipe:
+    """A recipe from a YAML file or by the name of one that ships.
+
+    Raises:
+        RecipeError: no such file or name, not YAML, or wrong inside.
+    """
+    path = shipped.get(str(source), Path(source))
+    if not path.is_file():
+        raise RecipeError(
+            f"no recipe '{source}'", change=f"give a YAML file or a name; {did_you_mean(str(source), shipped)}"
+        )
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError("the recipe is not YAML", where=str(source), found=str(error)) from error
+    return Recipe.from_json(value, menu, name=path.stem)
+
+
+def _step(row: Json, gate: Gate, menu: Menu, where: str) -> Step:
+    if isinstance(row, str):
+        row = {row: {}}
+    if not isinstance(row, Mapping):
+        raise RecipeError("a step is 'pass: {settings}'", where=where, found=repr(row))
+    names = [k for k in row if k != "gate"]
+    if len(names) != 1:
+        raise RecipeError(
+            "a step names one pass",
+            where=where,
+            found=", ".join(map(str, row)) or "none",
+            change="start a new '-' for each pass",
+        )
+    name = str(names[0])
+    try:
+        kind = menu(name)
+    except RecipeError as error:
+        raise RecipeError(error.what, where=where, found=error.found, change=error.change) from error
+    settings = row[names[0]] or {}
+    if not isinstance(settings, Mapping):
+        raise RecipeError(f"the settings of {name} are a mapping", where=where, found=repr(settings))
+    own: Gate | None = gate
+    if "gate" in row:
+        own = None if row["gate"] in (None, False) else Gate.from_json(row["gate"], where=f"{where}: gate")
+    return Step(kind.from_settings(settings, where=f"{where}: {name}"), own)
+
+
+def _calibration(value: Json, where: str) -> Calibration:
+    if not isinstance(value, Mapping):
+        raise RecipeError(
+            "calibration is a mapping", where=where, found=repr(value), change="calibration: {fit: 256, check: 512}"
+        )
+    _known(value, {f.name for f in dataclasses.fields(Calibration)}, where)
+    for key, number in value.items():
+        if type(number) is not int or number < (0 if key == "seed" else 1):
+            raise RecipeError(
+                f"'{key}' is a whole number of at least {0 if key == 'seed' else 1}", where=where, found=repr(number)
+            )
+    return Calibration(**value)
+
+
+def _known(value: Mapping[str, Json], known: set[str], where: str) -> None:
+    for key in value:
+        if key not in known:
+            raise RecipeError(f"unknown key '{key}'", where=where, change=did_you_mean(str(key), known))

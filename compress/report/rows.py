@@ -1,0 +1,255 @@
+"""report.json (schema 1) as rows and sentences; numbers go in raw, `COLUMNS` says how each is spelled.
+
+Nothing here knows HTML, Markdown or terminals. A value that a stage does not have (a stage that failed before it was
+measured has no quality) is None in a row and an en dash in a text, never a zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Row = dict[str, Any]
+IN_EFFECT = ("baseline", "passed", "retried")
+NOTHING = "–"
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of the stage table: its title, how a row spells it, and whether it is a number (aligned right)."""
+
+    key: str
+    title: str
+    text: Callable[[Row], str]
+    numeric: bool = True
+
+
+def stage_rows(report: Mapping[str, Any]) -> list[Row]:
+    """The stages of a run, one flat row each: raw numbers, None where a stage was not measured.
+
+    Args:
+        report: report.json as a mapping, schema 1.
+
+    Returns:
+        Rows with index, pass, settings, verdict, in_effect, says, exact_match, delta, low, high (fractions), kl (nats),
+        agreement, perplexity, right_to_wrong, wrong_to_right, bytes, ratio (original / this), parameters,
+        visual_tokens, flops (vision + prefill), latency_ms (vision + prefill), decode_ms (a token), seconds.
+    """
+    stages = report["stages"]
+    original = (stages[0].get("cost") or {}).get("bytes") if stages else None
+    return [_stage_row(stage, original) for stage in stages]
+
+
+def _stage_row(stage: Mapping[str, Any], original: float | None) -> Row:
+    quality, cost = stage.get("quality") or {}, stage.get("cost") or {}
+    match = quality.get("exact_match") or {}
+    low, high = match.get("ci95") or (None, None)
+    size = cost.get("bytes")
+    latency, flops = cost.get("latency_ms") or {}, cost.get("flops") or {}
+    gate = stage.get("gate") or {}
+    return {
+        "index": stage["index"],
+        "pass": stage["pass"] or "original",
+        "settings": stage.get("settings") or {},
+        "verdict": stage["verdict"],
+        "in_effect": stage["verdict"] in IN_EFFECT or stage.get("kept") is True,
+        "says": gate.get("says", ""),
+        "max_drop": gate.get("max_drop") if gate.get("metric") == "exact_match" else None,
+        "exact_match": match.get("value"),
+        "reference": match.get("reference"),
+        "delta": match.get("delta"),
+        "low": low,
+        "high": high,
+        "kl": quality.get("kl"),
+        "agreement": quality.get("agreement"),
+        "perplexity": quality.get("perplexity"),
+        "right_to_wrong": match.get("right_to_wrong"),
+        "wrong_to_right": match.get("wrong_to_right"),
+        "bytes": size,
+        "ratio": original / size if original and size else None,
+        "parameters": cost.get("parameters"),
+        "visual_tokens": cost.get("visual_tokens"),
+        "flops": _sum(flops, "vision", "prefill"),
+        "latency_ms": _sum(latency, "vision", "prefill"),
+        "decode_ms": latency.get("decode_per_token"),
+        "seconds": stage.get("seconds"),
+    }
+
+
+def _sum(values: Mapping[str, float], *keys: str) -> float | None:
+    there = [values[k] for k in keys if values.get(k) is not None]
+    return sum(there) if there else None
+
+
+def last_good(report: Mapping[str, Any]) -> Row:
+    """The stage that OUT holds: the last one that was not rolled back."""
+    return [row for row in stage_rows(report) if row["in_effect"]][-1]
+
+
+def stopped_at(report: Mapping[str, Any]) -> Row | None:
+    """The stage at which the run ended early, or None."""
+    rows = stage_rows(report)
+    return rows[-1] if rows and rows[-1]["verdict"] == "failed" and not rows[-1]["in_effect"] else None
+
+
+def headline(report: Mapping[str, Any]) -> list[str]:
+    """The verdict in sentences: how many times smaller, exact match before and after with the paired 95 % interval, flips."""
+    rows = stage_rows(report)
+    first, last, stop = rows[0], last_good(report), stopped_at(report)
+    name = model_name(report)
+    sentences = []
+    if last["index"] == 0:
+        sentences.append(f"Nothing of {name} was changed.")
+    elif last["ratio"]:
+        times = f"{last['ratio']:.2f} times smaller" if last["ratio"] >= 1.005 else "not smaller"
+        sentences.append(f"{name} is {times}: {size(first['bytes'])} before, {size(last['bytes'])} after.")
+    if last["index"] and last["exact_match"] is not None:
+        questions = (report.get("data") or {}).get("check")
+        asked = f" on {questions:,} questions" if questions else ""
+        sentences.append(
+            f"Exact match{asked}: {percent(last['reference'])} before, {percent(last['exact_match'])} after, "
+            f"a change of {points(last['delta'])} points (paired 95 % interval {points(last['low'])} to {points(last['high'])})."
+        )
+        sentences.append(f"{_answers(last['right_to_wrong'])} went from right to wrong, {last['wrong_to_right']} from wrong to right.")
+    if stop is not None:
+        because = f": {stop['says']}" if stop["says"] else ""
+        held = "the original" if last["index"] == 0 else f"the result of stage {last['index']} ({last['pass']})"
+        sentences.append(f"The run stopped at stage {stop['index']}, {stop['pass']}{because}. What lies here is {held}.")
+    return sentences
+
+
+def _answers(count: int | None) -> str:
+    return f"{count} answer" if count == 1 else f"{count} answers"
+
+
+def model_name(report: Mapping[str, Any]) -> str:
+    """What the original is called in sentences."""
+    model = report.get("model") or {}
+    return str(model.get("name") or model.get("source") or "the model")
+
+
+def try_rows(report: Mapping[str, Any]) -> list[Row]:
+    """What was tried and rolled back: the rungs of `on_fail: retry`, and the stages that failed or were skipped."""
+    rows = []
+    for stage in report["stages"]:
+        tries = list(stage.get("tries") or [])
+        for number, attempt in enumerate(tries, 1):
+            rows.append(_stage_row({**attempt, "index": stage["index"], "pass": stage["pass"]}, None) | {"number": number})
+        row = _stage_row(stage, None)
+        if not row["in_effect"] and not tries:
+            rows.append(row | {"number": 1})
+    return rows
+
+
+def tag_rows(report: Mapping[str, Any]) -> list[Row]:
+    """Exact match by tag of the stage that OUT holds: tag, value, n, reference, exact_match, delta (fractions)."""
+    index = last_good(report)["index"]
+    quality = next(s for s in report["stages"] if s["index"] == index).get("quality") or {}
+    rows = []
+    for tag, values in (quality.get("by_tag") or {}).items():
+        for value, numbers in values.items():
+            rows.append({"tag": tag, "value": value, **numbers})
+    return rows
+
+
+def part_rows(report: Mapping[str, Any]) -> list[Row]:
+    """Where the bytes are: part, before, after (bytes on disk) of each part of the model, biggest first."""
+    first, index = report["stages"][0], last_good(report)["index"]
+    last = next(s for s in report["stages"] if s["index"] == index)
+    before = (first.get("cost") or {}).get("bytes_by_part") or {}
+    after = (last.get("cost") or {}).get("bytes_by_part") or {}
+    rows = [{"part": p, "before": before.get(p, 0), "after": after.get(p, 0)} for p in {**before, **after}]
+    return sorted(rows, key=lambda row: -row["before"])
+
+
+def size(count: float | None) -> str:
+    """Bytes in decimal units: ``1.66 MB``."""
+    return _scaled(count, ("B", "kB", "MB", "GB", "TB"))
+
+
+def amount(count: float | None) -> str:
+    """A count with a metric prefix: ``3.90 M``; whole numbers below a thousand."""
+    if count is not None and count < 1000:
+        return f"{count:.0f}" if float(count).is_integer() else f"{count:.1f}"
+    return _scaled(count, ("", "k", "M", "G", "T", "P"))
+
+
+def _scaled(count: float | None, units: Sequence[str]) -> str:
+    if count is None:
+        return NOTHING
+    value, unit = float(count), 0
+    while value >= 999.5 and unit < len(units) - 1:
+        value, unit = value / 1000, unit + 1
+    digits = 0 if unit == 0 else 2 if value < 10 else 1 if value < 100 else 0
+    return f"{value:.{digits}f} {units[unit]}".rstrip()
+
+
+def percent(fraction: float | None) -> str:
+    """``0.9141`` as ``91.4 %``."""
+    return NOTHING if fraction is None else f"{100 * fraction:.1f} %"
+
+
+def points(fraction: float | None) -> str:
+    """A difference of fractions in points, with its sign: ``−1.2``, ``+0.3``, ``0.0``."""
+    if fraction is None:
+        return NOTHING
+    text = f"{100 * fraction:+.1f}"
+    return "0.0" if text in ("+0.0", "-0.0") else text.replace("-", "−")
+
+
+def settings_text(settings: Mapping[str, Any]) -> str:
+    """Settings in one line, as they would stand on the command line."""
+    return ", ".join(f"{k} {_value(v)}" for k, v in settings.items() if v is not None)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return "+".join(_value(v) for v in value)
+    return f"{value:g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def number(value: float | None, form: str) -> str:
+    """`value` by a format spec, or a dash."""
+    return NOTHING if value is None else format(value, form)
+
+
+def change(row: Row) -> str:
+    """The paired change of exact match with its 95 % interval, in points."""
+    if row["delta"] is None or row["index"] == 0:
+        return NOTHING
+    return f"{points(row['delta'])} [{points(row['low'])}, {points(row['high'])}]"
+
+
+def flips(row: Row) -> str:
+    """Answers that turned wrong and right: ``−12 +6``."""
+    return NOTHING if row["right_to_wrong"] is None else f"−{row['right_to_wrong']} +{row['wrong_to_right']}"
+
+
+def latency(row: Row) -> str:
+    """Milliseconds to the first token, and for each one after it."""
+    if row["latency_ms"] is None:
+        return NOTHING
+    return f"{row['latency_ms']:.1f}" + ("" if row["decode_ms"] is None else f" + {row['decode_ms']:.1f}")
+
+
+def _size_and_ratio(row: Row) -> str:
+    return size(row["bytes"]) + (f" (÷{row['ratio']:.2f})" if row["ratio"] and row["index"] else "")
+
+
+COLUMNS: tuple[Column, ...] = (
+    Column("stage", "stage", lambda r: f"{r['index']} {r['pass']}", numeric=False),
+    Column("settings", "settings", lambda r: settings_text(r["settings"]), numeric=False),
+    Column("verdict", "verdict", lambda r: str(r["verdict"]), numeric=False),
+    Column("exact_match", "exact match", lambda r: percent(r["exact_match"])),
+    Column("change", "change, points [95 %]", change),
+    Column("kl", "KL", lambda r: number(r["kl"], ".4f")),
+    Column("agreement", "agree", lambda r: percent(r["agreement"])),
+    Column("flips", "flips", flips),
+    Column("bytes", "bytes", _size_and_ratio),
+    Column("parameters", "parameters", lambda r: amount(r["parameters"])),
+    Column("visual_tokens", "visual tokens", lambda r: amount(r["visual_tokens"])),
+    Column("flops", "FLOPs", lambda r: amount(r["flops"])),
+    Column("latency", "ms, first + next", latency),
+    Column("seconds", "seconds", lambda r: number(r["seconds"], ".0f")),
+)

@@ -1,0 +1,125 @@
+"""What a run keeps on disk while it works, so that a kill at any instant loses at most the block in progress.
+
+::
+
+    OUT/.svlm/run.json                      what this run is: recipe, model, data, versions
+    OUT/.svlm/reference/                    what the original model answers, cached by fingerprint
+    OUT/.svlm/stages/02-quantize.gptq-1f3a.../applied/model/      the model after the pass, appears whole
+                                              applied/apply.json    what `apply` returned
+                                              stage.json            the measured stage: the mark that it is finished
+                                              items.json            the answer to every check question
+    OUT/.svlm/scratch/1f3a.../              the blocks that a pass in progress has finished
+
+A stage's key is a hash of all that it depends on, chained from stage to stage: a changed recipe, model or data
+invalidates what depends on it and nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .base import Json, Pass
+from .errors import OutputError
+from .storage import LEDGER_FILE, read_json, write_json, write_whole
+
+
+def chain(previous: str, *parts: Json) -> str:
+    """The key of a stage: sha256 over the key before and everything that the stage depends on."""
+    return hashlib.sha256(json.dumps([previous, *parts], sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class StageFolder:
+    """The files of one attempt at one step."""
+
+    path: Path
+    scratch: Path
+
+    @property
+    def applied(self) -> Path:
+        return self.path / "applied"
+
+    @property
+    def model(self) -> Path:
+        return self.applied / "model"
+
+    @property
+    def probe(self) -> Path:
+        return self.applied / "probe.safetensors"
+
+    def is_applied(self) -> bool:
+        return (self.applied / "apply.json").is_file()
+
+    def apply_facts(self) -> Any:
+        return read_json(self.applied / "apply.json")
+
+    def finished(self) -> Json | None:
+        """The stage's report entry if it is finished, else None."""
+        return read_json(self.path / "stage.json") if (self.path / "stage.json").is_file() else None
+
+    def items(self) -> list[Any]:
+        return read_json(self.path / "items.json")
+
+    def finish(self, stage: Json, items: Json) -> None:
+        write_json(self.path / "items.json", items)
+        write_json(self.path / "stage.json", stage)
+        shutil.rmtree(self.scratch, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """OUT and its `.svlm`."""
+
+    out: Path
+
+    @property
+    def work(self) -> Path:
+        return self.out / ".svlm"
+
+    @property
+    def reference(self) -> Path:
+        return self.work / "reference"
+
+    def claim(self, *, resume: bool, overwrite: bool) -> None:
+        """Make OUT ours, or refuse.
+
+        Raises:
+            OutputError: OUT exists and is not ours, or holds a run and neither `resume` nor `overwrite` was asked for.
+        """
+        if self.out.exists() and not self.out.is_dir():
+            raise OutputError("OUT is a file", where=str(self.out), change="give a folder")
+        held = list(self.out.iterdir()) if self.out.is_dir() else []
+        ours = self.work.is_dir() or (self.out / LEDGER_FILE).is_file()
+        if held and not ours:
+            raise OutputError(
+                "OUT exists and was not made by svlm; it is left as it is",
+                where=str(self.out),
+                found=", ".join(sorted(p.name for p in held)[:5]),
+                change="give another folder, or empty this one",
+            )
+        if held and not (resume or overwrite):
+            raise OutputError(
+                "OUT holds an earlier run",
+                where=str(self.out),
+                change="--resume goes on with it, --overwrite starts afresh",
+            )
+        if held and overwrite and not resume:
+            shutil.rmtree(self.work, ignore_errors=True)
+        write_whole(
+            self.work / "README",
+            "Stages of an svlm run; --resume needs them. Safe to delete when the run is finished.\n",
+        )
+
+    def stage(self, index: int, step: Pass | None, key: str) -> StageFolder:
+        label = step.name if step is not None else "baseline"
+        return StageFolder(self.work / "stages" / f"{index:02d}-{label}-{key[:16]}", self.work / "scratch" / key[:16])
+
+    def tidy(self) -> None:
+        """Drop what only a resume would need."""
+        shutil.rmtree(self.work / "stages", ignore_errors=True)
+        shutil.rmtree(self.work / "scratch", ignore_errors=True)

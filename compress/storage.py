@@ -1,0 +1,380 @@
+"""Models on disk: load an original, save a stage, load what was saved. safetensors and JSON only; nothing is unpickled.
+
+A saved folder is a Hugging Face model directory (weights, config, processor) plus `svlm.json`, the ledger: every pass,
+its settings, and which linears are packed on which grid. Folders appear whole or not at all (`whole_folder`).
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import __version__
+from .anatomy import ModelView, view_of
+from .base import Json, Pass
+from .errors import ModelError, OutputError, WorkFailed
+from .export.compressed_tensors import packed_state, quantization_config, unpack_state
+from .families import Family
+from .ledger import SCHEMA, Ledger, Record
+
+DEMO = Path(__file__).resolve().parent.parent / "calib" / "demo" / "model"
+LEDGER_FILE = "svlm.json"
+Finder = Callable[[str], type[Pass]]
+
+
+# ---------------------------------------------------------------------------------------------------- files, atomically
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """Write into a temporary sibling; fsync and rename it to `target` when the body ends well, remove it otherwise.
+
+    Raises:
+        WorkFailed: the disk is full; nothing of the new folder is left.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    os.chmod(temporary, 0o755)
+    try:
+        with disk_errors(target):
+            yield temporary
+            for path in sorted(temporary.rglob("*")):
+                sync(path)
+            sync(temporary)
+            if target.exists():
+                shutil.rmtree(target)
+            os.replace(temporary, target)
+            sync(target.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_whole(path: Path, data: str | bytes) -> None:
+    """Write a file so that it is there whole or not at all."""
+    raw = data.encode() if isinstance(data, str) else data
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(raw)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(name, 0o644)
+            os.replace(name, path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+        sync(path.parent)
+
+
+def write_json(path: Path, value: Json) -> None:
+    write_whole(path, json.dumps(value, indent=1, allow_nan=True) + "\n")
+
+
+def sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def disk_errors(target: Path) -> Iterator[None]:
+    """Turn 'no space left', quota and permission errors into a message that says what to change."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        number = error.errno if isinstance(error, OSError) else None
+        text = str(error)
+        if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text or "os error 28" in text:
+            free = shutil.disk_usage(_existing(target)).free
+            raise WorkFailed(
+                "the disk is full; what was finished before is kept",
+                where=str(target),
+                found=f"{free / 1e6:.1f} MB free",
+                change="free some space or choose another --output, then run again with --resume",
+            ) from error
+        if number in (errno.EACCES, errno.EROFS, errno.EPERM):
+            raise OutputError(
+                "cannot write here", where=str(target), found=text, change="choose a folder that you may write to"
+            ) from error
+        raise
+    except Exception as error:
+        if "No space left" in str(error) or "os error 28" in str(error):
+            raise WorkFailed(
+                "the disk is full; what was finished before is kept", where=str(target), found=str(error)
+            ) from error
+        raise
+
+
+def _existing(path: Path) -> Path:
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+# ------------------------------------------------------------------------------------------------------------- loading
+
+
+def resolve(spec: str | Path) -> str:
+    """`demo` as its folder; anything else as it is."""
+    return str(DEMO) if str(spec) == "demo" else str(spec)
+
+
+def load_model(
+    spec: str | Path,
+    *,
+    find: Finder | None = None,
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+    rows: Iterable[Family] = (),
+) -> ModelView:
+    """Load an original model, or one that svlm saved, and find its anatomy.
+
+    Args:
+        spec: `demo`, a directory, or a hub id.
+        find: the menu of passes, needed where `svlm.json` says that passes were applied.
+        dtype: of the weights in memory; `ModelView.storage_dtype` keeps what they had on disk.
+        rows: anatomy rows of the user, tried before those that ship.
+
+    Raises:
+        ModelError: no such model, a missing shard, missing or non-finite weights, an unknown family.
+    """
+    path = resolve(spec)
+    _quiet()
+    if (Path(path) / LEDGER_FILE).is_file():
+        return _load_saved(Path(path), find, dtype, trust_remote_code, rows)
+    model, storage = _from_pretrained(path, dtype, trust_remote_code)
+    view = view_of(model, _processor(path, trust_remote_code), source=str(spec), rows=rows)
+    view.storage_dtype = storage
+    check_finite(view, str(spec))
+    return view
+
+
+def _from_pretrained(path: str, dtype: torch.dtype, trust_remote_code: bool) -> tuple[Any, torch.dtype]:
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    local = Path(path)
+    if not local.is_dir() and (local.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1):
+        raise ModelError(f"no model folder at '{path}'", change="give 'demo', a Hugging Face model folder, or a hub id")
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        if getattr(config, "quantization_config", None) is not None:
+            raise ModelError(
+                "the checkpoint is quantized already", where=path, change="give the original in 16 or 32 bits"
+            )
+        model, info = AutoModelForImageTextToText.from_pretrained(
+            path, config=config, dtype=dtype, output_loading_info=True, trust_remote_code=trust_remote_code
+        )
+    except ModelError:
+        raise
+    except Exception as error:  # transformers raises many kinds: OSError, ValueError, KeyError, SafetensorError
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"cannot load the model '{path}'",
+            found=f"{type(error).__name__}: {first}",
+            change="the folder needs config.json and every *.safetensors shard that its index names",
+        ) from error
+    lost = sorted(info["missing_keys"]) + sorted(str(k) for k in info["mismatched_keys"])
+    if lost:
+        raise ModelError(
+            "the checkpoint lacks weights",
+            where=path,
+            found=f"{len(lost)} missing, first: {lost[0]}",
+            change="fetch the missing shard",
+        )
+    return model.eval(), _stored_dtype(path, config, dtype)
+
+
+def _stored_dtype(path: str, config: Any, fallback: torch.dtype) -> torch.dtype:
+    value = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    if isinstance(value, str):
+        value = getattr(torch, value, None)
+    return value if isinstance(value, torch.dtype) and value.is_floating_point else fallback
+
+
+def _processor(path: str, trust_remote_code: bool) -> Any:
+    from transformers import AutoProcessor
+
+    try:
+        return AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, ImportError, KeyError, AttributeError, TypeError):
+        return None  # a folder with weights alone can be inspected; whoever needs the processor says so
+
+
+def _load_saved(
+    path: Path, find: Finder | None, dtype: torch.dtype, trust_remote_code: bool, rows: Iterable[Family]
+) -> ModelView:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    saved = read_json(path / LEDGER_FILE)
+    if saved.get("schema") != SCHEMA:
+        raise ModelError(f"svlm.json has schema {saved.get('schema')}, this svlm reads {SCHEMA}", where=str(path))
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        files = sorted(path.glob("*.safetensors"))
+        if not files:
+            raise ModelError("no weights in the folder", where=str(path), found="no *.safetensors")
+        tensors: dict[str, torch.Tensor] = {}
+        for file in files:
+            tensors |= load_file(file)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ModelError("cannot read the saved model", where=str(path), found=str(error)) from error
+    packing = getattr(config, "quantization_config", None)
+    if packing is not None:
+        del config.quantization_config
+    storage = getattr(torch, saved["storage_dtype"])
+    names = {row["saved"]: module for module, row in saved["grids"].items()}
+    state, grids = unpack_state(tensors, {row["saved"]: row for row in saved["grids"].values()}, storage)
+    blank = AutoModelForImageTextToText.from_config(config)
+    model, info = type(blank).from_pretrained(
+        None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
+    )
+    lost = sorted(info["missing_keys"]) + sorted(str(k) for k in info["mismatched_keys"])
+    if lost:
+        raise ModelError(
+            "the saved model lacks weights", where=str(path), found=f"{len(lost)} missing, first: {lost[0]}"
+        )
+    own = [Family.from_json(saved["family"])] if saved.get("family") else []
+    view = view_of(model.eval(), _processor(str(path), trust_remote_code), source=saved["source"], rows=[*rows, *own])
+    view.storage_dtype = storage
+    view.ledger = Ledger.from_json(saved["ledger"])
+    view.grids = {names[saved_name]: grid for saved_name, grid in grids.items()}
+    rebuild(view, view.ledger, find)
+    check_finite(view, str(path))
+    return view
+
+
+def rebuild(view: ModelView, records: Iterable[Record], find: Finder | None) -> None:
+    """Replay every pass's `rebuild` on a model that was built from the saved config."""
+    for entry in records:
+        if find is None:
+            raise ModelError("this model was changed by passes; load it with svlm.load", where=str(view.source))
+        find(entry.name).from_settings(entry.settings).rebuild(view, entry.record)
+
+
+def check_finite(view: ModelView, where: str) -> None:
+    """Raise ModelError naming the first weight that holds NaN or infinity."""
+    for name, tensor in view.model.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise ModelError(
+                "a weight is not finite",
+                where=f"{where}: {name}",
+                found=f"{bad} of {tensor.numel()} values are NaN or infinite",
+                change="fetch the checkpoint again, or repair this tensor",
+            )
+
+
+# -------------------------------------------------------------------------------------------------------------- saving
+
+
+def round_to_storage(view: ModelView) -> None:
+    """Round all floating weights to the dtype that they are saved in, so that what is measured is what is saved."""
+    with torch.no_grad():
+        for tensor in view.model.state_dict().values():
+            if tensor.is_floating_point() and tensor.dtype != view.storage_dtype:
+                tensor.copy_(tensor.to(view.storage_dtype))
+
+
+def save(view: ModelView, folder: Path) -> int:
+    """Save `view` as a Hugging Face folder plus ledger, whole or not at all. Returns the bytes of its weight files.
+
+    Linears that lie on a grid are stored packed (compressed-tensors), all other floating tensors in `storage_dtype`.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    _quiet()
+    with whole_folder(folder) as temporary:
+        state = {
+            k: v.detach().to(view.storage_dtype if v.is_floating_point() else v.dtype)
+            for k, v in view.model.state_dict().items()
+        }
+        model, config = view.model, view.model.config
+        dtypes = _set_dtype(config, view.storage_dtype)
+        try:
+            if view.grids:
+                config.quantization_config = quantization_config(view)
+            model.save_pretrained(temporary, state_dict=packed_state(view, state) if view.grids else state)
+        finally:
+            if view.grids:
+                del config.quantization_config
+            for part, value in dtypes:
+                part.dtype = value
+        if view.processor is not None:
+            view.processor.save_pretrained(temporary)
+        saved_names = {path: _saved_name(revert_weight_conversion, model, path) for path in view.grids}
+        grids = {
+            path: {"saved": saved_names[path], "bits": g.bits, "group": g.group, "symmetric": g.symmetric}
+            for path, g in view.grids.items()
+        }
+        ledger = {
+            "schema": SCHEMA,
+            "svlm": __version__,
+            "source": str(view.source),
+            "storage_dtype": str(view.storage_dtype).removeprefix("torch."),
+            "family": view.family.to_json() if view.family.own else None,
+            "ledger": view.ledger.to_json(),
+            "grids": grids,
+        }
+        (temporary / LEDGER_FILE).write_text(json.dumps(ledger, indent=1) + "\n", encoding="utf-8")
+        return weight_bytes(temporary)
+
+
+def _saved_name(revert: Callable[..., dict[str, Any]], model: Any, path: str) -> str:
+    """The name that transformers gives the module in a checkpoint (the LLaVA family keeps its old key names)."""
+    (name,) = revert(model, {f"{path}.weight": torch.zeros(1)})
+    return name.removesuffix(".weight")
+
+
+def _set_dtype(config: Any, dtype: torch.dtype) -> list[tuple[Any, Any]]:
+    parts = [config, *(getattr(config, key) for key in config.sub_configs if getattr(config, key, None) is not None)]
+    before = [(part, part.dtype) for part in parts]
+    for part in parts:
+        part.dtype = dtype
+    return before
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes of the weight files of a saved model."""
+    return sum(p.stat().st_size for p in folder.glob("*.safetensors"))
+
+
+# --------------------------------------------------------------------------------------------------------- small tools
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError("cannot read", where=str(path), found=str(error)) from error
+
+
+def fingerprint(view: ModelView) -> str:
+    """sha256 over names, dtypes, shapes and bytes of all weights and the config: changes with any of them."""
+    digest = hashlib.sha256(view.model.config.to_json_string(use_diff=False).encode())
+    for name, tensor in sorted(view.model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _quiet() -> None:
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

@@ -1,0 +1,247 @@
+"""The verbs of svlm, with the menu bound: load, compress, verify. The front door and the command line call them."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..calib.dataset import CalibrationSet
+from ..calib.workbench import Workbench
+from ..compress import __version__, storage
+from ..compress.anatomy import ModelView
+from ..compress.base import Json, Progress, Silent
+from ..compress.errors import OutputError, SvlmError
+from ..compress.families import Family
+from ..compress.gate import Gate
+from ..compress.pipeline import Outcome, Pipeline
+from ..compress.preflight import preflight
+from ..compress.publish import prove_reload, publish
+from ..compress.recipe import Recipe
+from ..compress.recipe import read_recipe as _read_recipe
+from ..compress.report import gallery_rows, write
+from ..compress.stages import RunFolder
+from ..recipes import SHIPPED
+from . import find
+
+RUN_FILE = "run.json"
+
+
+def load_view(
+    spec: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    rows: Iterable[Family] = (),
+    trust_remote_code: bool = False,
+) -> ModelView:
+    """A model with its anatomy: `demo`, a folder (an original's or one that svlm saved), or a hub id."""
+    return storage.load_model(spec, find=find, dtype=dtype, rows=rows, trust_remote_code=trust_remote_code)
+
+
+def load(spec: str | Path, **options: Any) -> Any:
+    """The model itself, rebuilt and ready to `generate`; its processor is `AutoProcessor.from_pretrained(spec)`."""
+    return load_view(spec, **options).model
+
+
+def read_recipe(source: str | Path) -> Recipe:
+    """A recipe from a YAML file, or by the name of one that ships (`default`, `int4`, `tokens-half`, `tiny`)."""
+    return _read_recipe(source, find, SHIPPED)
+
+
+@dataclass
+class Options:
+    """How `compress_model` runs, apart from what it does."""
+
+    resume: bool = False
+    overwrite: bool = False
+    batch_size: int = 32
+    latency: bool = True
+    rehearse: bool = True
+    keep_stages: bool = False
+    rows: tuple[Family, ...] = ()
+    trust_remote_code: bool = False
+    progress: Progress = field(default_factory=Silent)
+    on_stage: Callable[[dict[str, Json]], None] = lambda stage: None
+
+
+def compress_model(
+    model: str | Path | ModelView,
+    recipe: Recipe | str | Path,
+    data: CalibrationSet | str | Path,
+    out: str | Path,
+    options: Options | None = None,
+) -> dict[str, Json]:
+    """Run `recipe` over `model`, judge every pass on `data`'s check split, leave the small model and its report in `out`.
+
+    Returns:
+        The report (schema 1). Also in `out/report.json`.
+
+    Raises:
+        GateFailed, PromiseBroken: `out` holds the last good stage and the report.
+        UsageError: nothing was touched.
+        WorkFailed: what was finished is kept; run again with `resume`.
+    """
+    o = options or Options()
+    plan = recipe if isinstance(recipe, Recipe) else read_recipe(recipe)
+    c = plan.calibration
+    samples = (
+        data if isinstance(data, CalibrationSet) else CalibrationSet.load(data, fit=c.fit, check=c.check, seed=c.seed)
+    )
+    original = (
+        model if isinstance(model, ModelView) else load_view(model, rows=o.rows, trust_remote_code=o.trust_remote_code)
+    )
+    run = RunFolder(Path(out))
+    run.claim(resume=o.resume, overwrite=o.overwrite)
+    bench = Workbench(
+        original, samples, cache_dir=run.reference, batch_size=o.batch_size, latency=o.latency, progress=o.progress
+    )
+    load_options = {"rows": o.rows, "trust_remote_code": o.trust_remote_code}
+    if o.rehearse and not o.resume:
+        preflight(plan, original, bench, run.out, find, load_options)
+    pipeline = Pipeline(plan, find, o.progress, o.on_stage, load_options)
+    outcome = pipeline.run(original, bench, run)
+    report = _finish(outcome, original, bench, run, data, o)
+    if outcome.error is not None:
+        raise outcome.error
+    return report
+
+
+def _finish(
+    outcome: Outcome, original: ModelView, bench: Workbench, run: RunFolder, data: Any, o: Options
+) -> dict[str, Json]:
+    storage.write_whole(run.work / "probe-batch.pt.safetensors", _tensor_bytes(bench.probe_batch))
+    publish(outcome.model, run)
+    report = outcome.report
+    report["model"] = {
+        "source": str(original.source),
+        "family": original.family.name,
+        "parameters": report["stages"][0]["cost"]["parameters"],
+        "bytes": report["stages"][0]["cost"]["bytes"],
+        "fingerprint": storage.fingerprint(original),
+    }
+    report["data"] = report["data"] | {"source": str(data) if not isinstance(data, CalibrationSet) else data.name}
+    report["data"]["answers_from_original"] = bench.judge.answers_from_original
+    report["environment"] = environment()
+    report["error"] = (
+        None if outcome.error is None else {"kind": type(outcome.error).__name__, "message": str(outcome.error)}
+    )
+    report["reload"] = prove_reload(
+        run.out, outcome.model.parent / "probe.safetensors", {"threads": torch.get_num_threads()}
+    )
+    write(run.out, report, gallery_rows(bench.data.check, outcome.items[0], _last_good(outcome)))
+    if not o.keep_stages:
+        run.tidy()
+    return report
+
+
+def _last_good(outcome: Outcome) -> list[dict[str, Json]]:
+    good = [
+        items
+        for stage, items in zip(outcome.report["stages"], outcome.items)
+        if stage["verdict"] not in ("failed", "skipped")
+    ]
+    return good[-1]
+
+
+def verify(
+    out: str | Path,
+    against: str | Path,
+    data: str | Path,
+    *,
+    gate: Gate | None = None,
+    batch_size: int = 32,
+    progress: Progress | None = None,
+    fit: int | None = None,
+    check: int | None = None,
+    seed: int | None = None,
+    rows: Iterable[Family] = (),
+) -> dict[str, Json]:
+    """The paired comparison of a saved model with its original, from disk, on the check split that the run used.
+
+    Counts and seed default to those of the run that made `out`, so that the figures are the report's.
+    """
+    made = storage.read_json(Path(out) / "report.json") if (Path(out) / "report.json").is_file() else {}
+    c = made.get("recipe", {}).get("calibration", {})
+    pick = {
+        "fit": fit or c.get("fit", 256),
+        "check": check or c.get("check", 512),
+        "seed": c.get("seed", 0) if seed is None else seed,
+    }
+    if not Path(storage.resolve(out)).is_dir():
+        raise OutputError("no such folder", where=str(out), change="give the OUT of an earlier 'svlm compress'")
+    samples = CalibrationSet.load(data, **pick)
+    original, small = load_view(against, rows=rows), load_view(out, rows=rows)
+    bench = Workbench(original, samples, batch_size=batch_size, latency=False, progress=progress)
+    quality, _ = bench.measure(small)
+    passed, says = gate.judge(quality) if gate else (True, "no gate")
+    return {
+        "model": str(out),
+        "against": str(against),
+        "data": bench.info,
+        "quality": quality,
+        "gate": gate.to_json() if gate else None,
+        "passed": passed,
+        "says": says,
+    }
+
+
+def environment() -> dict[str, Json]:
+    """report.json's `environment`."""
+    import transformers
+
+    return {
+        "svlm": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "cpu": _cpu(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def answer_probe(out: str, probe: str, answer: str) -> None:
+    """The fresh process of `prove_reload`: load `out`, repeat the probe, write how far the logits are off."""
+    from safetensors.torch import load_file
+
+    view = load_view(out)
+    batch = load_file(Path(out) / ".svlm" / "probe-batch.pt.safetensors")
+    with torch.no_grad():
+        logits = view.model(**batch).logits.float()
+    expected = load_file(probe)["logits"]
+    same = logits.shape == expected.shape
+    difference = float((logits - expected).abs().max()) if same else float("inf")
+    same = same and difference <= 1e-4 * max(1.0, float(expected.abs().max()))
+    storage.write_json(Path(answer), {"same": same, "max_abs_diff": difference})
+
+
+def _tensor_bytes(batch: Mapping[str, torch.Tensor]) -> bytes:
+    from safetensors.torch import save
+
+    return save({k: v.contiguous() for k, v in batch.items()})
+
+
+def _cpu() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+__all__ = [
+    "Options",
+    "SvlmError",
+    "answer_probe",
+    "compress_model",
+    "environment",
+    "load",
+    "load_view",
+    "read_recipe",
+    "verify",
+]
