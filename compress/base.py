@@ -62,7 +62,7 @@ class Silent:
 
 @dataclass(frozen=True)
 class Context:
-    """What a pass may use besides the model: fit data, a walk over blocks, the original model, a seed, a scratch folder.
+    """What a pass may use besides the model: fit data, a walk over blocks, the original model, a seed, a folder.
 
     Attributes:
         fit: model-ready batches of the fit split (dicts of tensors with `labels`, -100 outside the answer).

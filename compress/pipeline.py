@@ -119,7 +119,7 @@ class Pipeline:
     ) -> tuple[dict[str, Json], list[dict[str, Json]], StageFolder, str, SvlmError | None]:
         """Try the pass, and milder copies of it where the gate says `retry`, until the gate holds.
 
-        Returns the stage, its answers, the folder that the next step starts from, the key so far, and what stops the run.
+        Returns the stage, its answers, the folder that the next step starts from, the key, and what stops the run.
         """
         trial = step.step
         tries: list[dict[str, Json]] = []

@@ -239,7 +239,7 @@ def _load_saved(
         del config.quantization_config
     storage = getattr(torch, saved["storage_dtype"])
     names = {row["saved"]: module for module, row in saved["grids"].items()}
-    state, grids = unpack_state(tensors, {row["saved"]: row for row in saved["grids"].values()}, storage)
+    state, grids = unpack_state(tensors, {row["saved"]: row for row in saved["grids"].values()})
     blank = AutoModelForImageTextToText.from_config(config)
     model, info = type(blank).from_pretrained(
         None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
@@ -305,10 +305,11 @@ def save(view: ModelView, folder: Path) -> int:
             for k, v in view.model.state_dict().items()
         }
         model, config = view.model, view.model.config
+        saved_names = {path: _saved_name(revert_weight_conversion, model, path) for path in view.grids}
         dtypes = _set_dtype(config, view.storage_dtype)
         try:
             if view.grids:
-                config.quantization_config = quantization_config(view)
+                config.quantization_config = quantization_config(view, saved_names)
             model.save_pretrained(temporary, state_dict=packed_state(view, state) if view.grids else state)
         finally:
             if view.grids:
@@ -317,7 +318,6 @@ def save(view: ModelView, folder: Path) -> int:
                 part.dtype = value
         if view.processor is not None:
             view.processor.save_pretrained(temporary)
-        saved_names = {path: _saved_name(revert_weight_conversion, model, path) for path in view.grids}
         grids = {
             path: {"saved": saved_names[path], "bits": g.bits, "group": g.group, "symmetric": g.symmetric}
             for path, g in view.grids.items()

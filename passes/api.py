@@ -75,7 +75,7 @@ def compress_model(
     out: str | Path,
     options: Options | None = None,
 ) -> dict[str, Json]:
-    """Run `recipe` over `model`, judge every pass on `data`'s check split, leave the small model and its report in `out`.
+    """Run `recipe` over `model`, judge every pass on `data`'s check split, leave the small model and report in `out`.
 
     Returns:
         The report (schema 1). Also in `out/report.json`.

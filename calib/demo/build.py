@@ -4,8 +4,8 @@ A conversation is rendered as token ids without any text between the roles:
 
     <bos> <user> <image> x 64  what is in the top left ?  <assistant>  bear <eos>  <user> ...
 
-so the ids of a question do not depend on what comes before it, which is what lets `layout.py` train many questions of one
-picture in one sequence.
+so the ids of a question do not depend on what comes before it, which is what lets `layout.py` train many questions of
+one picture in one sequence.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from . import scenes
 IMAGE, PATCH = 96, 12
 VISUAL_TOKENS = (IMAGE // PATCH) ** 2
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>", "<image>", "<user>", "<assistant>", "<system>")
-EASY_VQA_WORDS = """? a black blue brown circle color contain does gray green image in is no not of present rectangle red
-shape teal the there triangle what yellow yes"""
-SPARE_WORDS = """0 5 6 7 8 , : ; ! - ' and or are any it this that picture photo scene see show shows you i me tell describe
-please with on at to next side corner thing things object objects how many much which where who when why do can
+EASY_VQA_WORDS = """? a black blue brown circle color contain does gray green image in is no not of present rectangle
+red shape teal the there triangle what yellow yes"""
+SPARE_WORDS = """0 5 6 7 8 , : ; ! - ' and or are any it this that picture photo scene see show shows you i me tell
+describe please with on at to next side corner thing things object objects how many much which where who when why do can
 one two three four none answer question short word single using"""
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
@@ -127,14 +127,11 @@ def build_model(seed: int = 0) -> LlavaForConditionalGeneration:
     config = LlavaConfig(
         vision_config=vision,
         text_config=text,
-        image_token_id=ids["image"],
+        image_token_index=ids["image"],
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
         image_seq_length=VISUAL_TOKENS,
         tie_word_embeddings=True,
-        pad_token_id=ids["pad"],
-        bos_token_id=ids["bos"],
-        eos_token_id=ids["eos"],
     )
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration(config).eval()

@@ -3,8 +3,9 @@
     npm pack @iconify-json/noto @iconify-json/noto-v1 ...      # the six packages named in STYLES
     python -m svlm.calib.demo.build_atlas FOLDER
 
-`FOLDER` holds the packages, as the `.tgz` files that npm downloads or unpacked in a folder of any name. Needs `resvg-py`;
-nothing else in svlm does. The atlas is one lossless RGBA picture: a row a style, a column a name, `SIZE` pixels each.
+`FOLDER` holds the packages, as the `.tgz` files that npm downloads or each unpacked in a folder of any name. Needs
+`resvg-py`; nothing else in svlm does. The atlas is one lossless RGBA picture: a row a style, a column a name, each
+`SIZE` pixels.
 """
 
 from __future__ import annotations
@@ -21,8 +22,7 @@ from PIL import Image
 HERE = Path(__file__).parent
 SIZE = 40
 STYLES = ("noto", "noto-v1", "fluent-emoji", "twemoji", "fluent-emoji-flat", "fxemoji")
-NAMES = tuple(
-    """
+NAMES = """
     airplane ambulance anchor ant balloon banana baseball battery bear bell bicycle blowfish bomb bouquet bowling
     bread briefcase bus cactus calendar camera candy cat chicken chipmunk church cookie cow crocodile crown dolphin
     door doughnut dress elephant envelope factory fish frog ghost goat guitar hamburger hammer handbag headphone
@@ -31,8 +31,7 @@ NAMES = tuple(
     ring rocket rose sailboat saxophone scroll seedling ship skull snail snake snowflake spaghetti spider star
     strawberry sunflower syringe taxi telescope television tent thermometer tiger toilet tomato tractor train trophy
     trumpet turtle umbrella violin volcano watch watermelon whale wrench
-    """.split()
-)
+    """.split()  # noqa: SIM905
 
 
 def read_icons(folder: Path, style: str) -> dict[str, Any]:
@@ -80,7 +79,7 @@ def main(folder: Path) -> None:
         for column, name in enumerate(NAMES):
             sheet.paste(rasterise(svg(icons, name)), (SIZE * column, SIZE * row))
     sheet.save(HERE / "atlas.webp", lossless=True, quality=100, method=6)
-    index = {"size": SIZE, "styles": list(STYLES), "names": list(NAMES)}
+    index = {"size": SIZE, "styles": list(STYLES), "names": NAMES}
     (HERE / "atlas.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 
 

@@ -2,9 +2,9 @@
 
     <bos> <user> <image> x 64 | question 1 <assistant> answer 1 | question 2 <assistant> answer 2 | ...
 
-Every question sees the shared prefix and itself, causally, and its positions go on where the prefix ends; so its logits
-are those of a conversation of its own (`tests/demo` compares them). `language` is the Llama's forward with that mask; in
-the last block it computes only the rows that predict an answer, which saves a fifth of the work.
+Every question sees the shared prefix and itself, causally, and its positions go on where the prefix ends; so its
+logits are those of a conversation of its own (`tests/demo` compares them). `language` is the Llama's forward with that
+mask; in the last block it computes only the rows that predict an answer, which saves a fifth of the work.
 """
 
 from __future__ import annotations
@@ -66,7 +66,11 @@ def pack(batch: Sequence[Sequence[tuple[str, str]]], multiple: int = 8) -> Layou
     """Lay out a batch: for each picture its (question, answer) pairs. L is rounded up to `multiple`."""
     special = {name: build.SPECIAL.index(f"<{name}>") for name in ("pad", "bos", "eos", "image", "user", "assistant")}
     prefix = [special["bos"], special["user"]] + [special["image"]] * build.VISUAL_TOKENS
-    ids, positions, segments, rows, labels = [], [], [], [], []
+    ids: list[list[int]] = []
+    positions: list[list[int]] = []
+    segments: list[list[int]] = []
+    rows: list[list[int]] = []
+    labels: list[list[int]] = []
     for pairs in batch:
         one, place, part = list(prefix), list(range(PREFIX)), [0] * PREFIX
         row: list[int] = []
@@ -99,12 +103,12 @@ def pack(batch: Sequence[Sequence[tuple[str, str]]], multiple: int = 8) -> Layou
     )
 
 
-def pixels(images: np.ndarray | Tensor) -> Tensor:
+def pixels(images: np.ndarray) -> Tensor:
     """uint8 [B, 96, 96, 3] to what the processor makes of it: float [B, 3, 96, 96]."""
     config = _pictures()
     mean = torch.tensor(config.image_mean) * 255
     std = torch.tensor(config.image_std) * 255
-    return ((torch.as_tensor(images).float() - mean) / std).permute(0, 3, 1, 2).contiguous()
+    return ((torch.from_numpy(images.astype(np.float32)) - mean) / std).permute(0, 3, 1, 2).contiguous()
 
 
 @functools.cache
@@ -128,8 +132,8 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _attend(attention: Any, queries: Tensor, context: Tensor, turn: Sequence[Tensor], mask: Tensor) -> Tensor:
-    """Attention of queries [B, R, D] to context [B, L, D]; turn = cos, sin for queries, then for context; mask [B,1,R,L]."""
-    batch, rows, width = queries.shape
+    """Attention of queries [B, R, D] to context [B, L, D]; turn: cos, sin of both in turn; mask [B, 1, R, L]."""
+    batch, rows, _ = queries.shape
     size = attention.head_dim
     q = attention.q_proj(queries).view(batch, rows, -1, size).transpose(1, 2)
     k = attention.k_proj(context).view(batch, context.shape[1], -1, size).transpose(1, 2)

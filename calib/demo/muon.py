@@ -1,7 +1,7 @@
 """Muon for the matrices, AdamW for the rest; written for a processor without fast bfloat16.
 
-`torch.optim.Muon` orthogonalises one matrix at a time and in bfloat16, which most CPUs emulate. Here the matrices of one
-shape are stacked, and the Newton-Schulz iterations run in float32. (Jordan et al., 2024; the same coefficients.)
+`torch.optim.Muon` orthogonalises one matrix at a time and in bfloat16, which most CPUs emulate. Here the matrices of
+one shape are stacked, and the Newton-Schulz iterations run in float32. (Jordan et al., 2024; the same coefficients.)
 """
 
 from __future__ import annotations
@@ -44,11 +44,13 @@ class Muon(torch.optim.Optimizer):
             for shape, params in shapes.items():
                 updates = []
                 for p in params:
+                    gradient = p.grad
+                    assert gradient is not None
                     state = self.state[p]
                     if "momentum" not in state:
                         state["momentum"] = torch.zeros_like(p)
-                    average = state["momentum"].lerp_(p.grad, 1 - group["momentum"])
-                    updates.append(p.grad.lerp(average, group["momentum"]))
+                    average = state["momentum"].lerp_(gradient, 1 - group["momentum"])
+                    updates.append(gradient.lerp(average, group["momentum"]))
                 stacked = orthogonalise(torch.stack(updates)) * max(1.0, shape[0] / shape[1]) ** 0.5
                 for p, update in zip(params, stacked.unbind()):
                     p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])

@@ -1,13 +1,12 @@
 """What the trainer is fed: batch number `step` of a phase is a pure function of (seed, phase, step).
 
-That is all it takes to resume: no sampler has a state. Four fifths of a batch are scenes, the rest are easy-VQA pictures
-of its training split, turned and mirrored (its questions name no directions).
+That is all it takes to resume: no sampler has a state. A batch is scenes and, one in five by default, pictures
+of easy-VQA's training split, half of them mirrored (its questions name no directions, and its triangles stand upright).
 """
 
 from __future__ import annotations
 
 import functools
-from collections import defaultdict
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,9 +14,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from . import build, layout, scenes
+from . import build, easy, layout, scenes
 
-MIX = {"name": 1.0, "exists": 2.0, "count": 0.35, "colour": 0.35, "place": 1.2, "relation": 3.0}
+MIX = {"name": 1.5, "exists": 2.0, "count": 0.5, "colour": 0.35, "place": 1.0, "relation": 2.5}
 SHAPES = ("circle", "rectangle", "triangle")
 HUES = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 CENTRES = np.arange(build.IMAGE // build.PATCH) * build.PATCH + build.PATCH // 2
@@ -43,19 +42,12 @@ def word_ids() -> dict[str, int]:
 
 def _easy_vqa(split: str) -> tuple[np.ndarray, list[list[tuple[str, str]]]]:
     """Pictures uint8 [N, 96, 96, 3] and the questions of each."""
-    import easy_vqa
-
-    test = split == "test"
-    paths = easy_vqa.get_test_image_paths() if test else easy_vqa.get_train_image_paths()
-    asked: dict[int, list[tuple[str, str]]] = defaultdict(list)
-    for question, answer, image in zip(*(easy_vqa.get_test_questions() if test else easy_vqa.get_train_questions())):
-        asked[image].append((question.lower(), answer.lower()))
     pictures, questions = [], []
-    for image in sorted(asked):
-        with Image.open(paths[image]) as picture:
+    for path, pairs in easy.read(split).values():
+        with Image.open(path) as picture:
             size = (build.IMAGE, build.IMAGE)
             pictures.append(np.asarray(picture.convert("RGB").resize(size, Image.Resampling.BICUBIC)))
-        questions.append(asked[image])
+        questions.append(pairs)
     return np.stack(pictures), questions
 
 
@@ -86,9 +78,7 @@ def _patches(made: scenes.Scene) -> tuple[np.ndarray, np.ndarray, np.ndarray, np
         if not thing:
             continue
         x, y = next(corners)
-        inside = np.ix_(
-            (y <= CENTRES) & (y + scenes.SPRITE > CENTRES), (x <= CENTRES) & (x + scenes.SPRITE > CENTRES)
-        )
+        inside = np.ix_((y <= CENTRES) & (y + scenes.SPRITE > CENTRES), (x <= CENTRES) & (x + scenes.SPRITE > CENTRES))
         word[inside] = ids[thing]
         beside[inside] = ids.get(made.cells[where ^ 1], 0)
         across[inside] = ids.get(made.cells[where ^ 2], 0)
@@ -105,11 +95,17 @@ def _choose(rng: np.random.Generator, questions: list[scenes.Question], count: i
 
 
 def batch(
-    phase: str, step: int, size: int, questions: int, seed: int = 0, mix: dict[str, float] | None = None
+    phase: str,
+    step: int,
+    size: int,
+    questions: int,
+    seed: int = 0,
+    mix: dict[str, float] | None = None,
+    share: float = 0.2,
 ) -> Batch:
-    """Batch number `step` of a phase ("vision" has no questions)."""
+    """Batch number `step` of a phase ("vision" has no questions); `share` of it are easy-VQA pictures."""
     rng = np.random.default_rng([seed, len(phase), step])
-    shapes = size // 5
+    shapes = int(size * share)
     pictures, asked, targets = [], [], []
     for i in range(size - shapes):
         made = scenes.scene("train", step * (size - shapes) + i, seed + 10 * (phase == "vision"))
@@ -118,10 +114,9 @@ def batch(
         targets.append((np.stack([words, words], 1), beside, across, place))
         if phase != "vision":
             asked.append(_choose(rng, made.questions, questions, {**MIX, **(mix or {})}))
-    easy, pairs, told = easy_vqa_data("train")
-    for i in rng.integers(len(easy), size=shapes):
-        turned = np.rot90(easy[i], rng.integers(4))
-        pictures.append(turned[:, ::-1] if rng.integers(2) else turned)
+    shapes_only, pairs, told = easy_vqa_data("train")
+    for i in rng.integers(len(shapes_only), size=shapes):
+        pictures.append(shapes_only[i][:, ::-1] if rng.integers(2) else shapes_only[i])
         word = np.where(told[i] < 0, told[i].max(), told[i])
         word = np.broadcast_to(np.where(word < 0, layout.IGNORED, word), (build.VISUAL_TOKENS, 2))
         nothing = np.full(build.VISUAL_TOKENS, layout.IGNORED)

@@ -2,13 +2,13 @@
 
     OMP_NUM_THREADS=2 python -m svlm.calib.demo.train --out WORK --export calib/demo/model [--resume]
 
-Two phases. `vision`: the tower and the projector alone, with a dense auxiliary loss: each visual token names what it shows
-with the language model's own word embeddings (its neighbours through a throw-away head), so that later the language
-model meets visual tokens that already are words. `full`: the whole model on questions, eight to a scene (see
+Two phases. `vision`: the tower and the projector alone, with a dense auxiliary loss: each visual token names what it
+shows with the language model's own word embeddings (its neighbours through a throw-away head), so that later the
+language model meets visual tokens that already are words. `full`: the whole model on questions, eight to a scene (see
 `layout.py`), loss on answers only, while the auxiliary loss fades to zero at three quarters of the phase.
 
-A run that is killed goes on with `--resume` at its last checkpoint and sees the data that it would have seen. Progress is
-one JSON object a line in `--log`; exact match there is of the averaged weights, which are the ones that are exported.
+A run that is killed goes on with `--resume` at its last checkpoint and sees the data that it would have seen. Progress
+is one JSON object a line in `--log`; exact match there is that of the averaged weights, which are what is exported.
 """
 
 from __future__ import annotations
@@ -53,12 +53,16 @@ class Heads(nn.Module):
             return F.cross_entropy(logits.float(), target.flatten(), ignore_index=layout.IGNORED)
 
         words = 0.5 * (loss(named, batch.words[..., 0]) + loss(named, batch.words[..., 1]))
-        return words + 0.3 * (loss(beside, batch.beside) + loss(across, batch.across)) + 0.1 * loss(place, batch.place)
+        size = visual.float().square().mean(-1).clamp(min=1e-6).log()  # keeps them as large as words are, near rms 1
+        around = 0.3 * (loss(beside, batch.beside) + loss(across, batch.across)) + 0.1 * loss(place, batch.place)
+        return words + around + 0.0125 * size.square().mean()
 
 
 def optimizers(model: nn.Module, heads: nn.Module, kind: str, scale: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the towers and the projector (with `kind` "muon"), AdamW for the rest."""
-    hidden, decay, plain = [], [], []
+    hidden: list[Tensor] = []
+    decay: list[Tensor] = []
+    plain: list[Tensor] = []
     for name, p in model.named_parameters():
         matrix = p.ndim == 2 and "embed" not in name and "lm_head" not in name
         (hidden if matrix else plain).append(p)
@@ -82,7 +86,8 @@ class Trainer:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model = build.build_model(options.seed).to(self.device).train()
+        self.model = build.build_model(options.seed).train()
+        self.model.to(self.device)  # type: ignore[arg-type]
         self.model.set_attn_implementation("eager")  # faster backward than sdpa on CPUs
         self.heads = Heads(192, len(build.words())).to(self.device)
         self.average = copy.deepcopy(self.model).eval()
@@ -104,7 +109,7 @@ class Trainer:
         def make(step: int) -> stream.Batch:
             phase, number = self.where(step)
             size = o.vision_batch if phase == "vision" else o.batch
-            return stream.batch(phase, number, size, o.questions, o.seed, self.mix)
+            return stream.batch(phase, number, size, o.questions, o.seed, self.mix, o.easy)
 
         with ThreadPoolExecutor(1) as pool:
             ahead = [pool.submit(make, self.step), pool.submit(make, self.step + 1)]
@@ -148,16 +153,17 @@ class Trainer:
         """Exact match by kind on fresh scenes and on easy-VQA's test split; with the averaged weights."""
         right: dict[str, list[bool]] = defaultdict(list)
         made = [scenes.scene("val", i) for i in range(pictures)]
-        easy, pairs, _ = stream.easy_vqa_data("test")
+        shapes, pairs, _ = stream.easy_vqa_data("test")
         sets: list[tuple[np.ndarray, list, list]] = []
         for i in range(0, pictures, 32):
             part = made[i : i + 32]
-            asked = [m.questions[:12] for m in part]
+            chosen = [m.questions[:12] for m in part]
             images = np.stack([np.asarray(m.image) for m in part])
-            sets.append((images, [[(q.question, q.answer) for q in a] for a in asked], [[q.kind for q in a] for a in asked]))
+            texts = [[(q.question, q.answer) for q in a] for a in chosen]
+            sets.append((images, texts, [[q.kind for q in a] for a in chosen]))
         for i in range(0, pictures // 2, 32):
             asked = [p[:8] for p in pairs[i : i + 32]]
-            sets.append((easy[i : i + 32], asked, [["easy_vqa"] * len(a) for a in asked]))
+            sets.append((shapes[i : i + 32], asked, [["easy_vqa"] * len(a) for a in asked]))
         for images, asked, kinds in sets:
             packed = layout.pack(asked).to(self.device)
             visual = layout.see(self.average, layout.pixels(images).to(self.device))
@@ -210,25 +216,31 @@ class Trainer:
         shutil.rmtree(old, ignore_errors=True)
 
 
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
+    made.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    made.add_argument("--export", type=Path, help="model folder to write at the end, and with --export-at")
+    made.add_argument("--export-at", type=int, default=0, help="also export after so many steps")
+    made.add_argument("--log", type=Path, help="file of JSON lines")
+    made.add_argument("--vision-steps", type=int, default=2000)
+    made.add_argument("--steps", type=int, default=1800)
+    made.add_argument("--vision-batch", type=int, default=48)
+    made.add_argument("--batch", type=int, default=40)
+    made.add_argument("--questions", type=int, default=8)
+    made.add_argument("--easy", type=float, default=0.3, help="share of easy-VQA pictures in a batch")
+    made.add_argument("--mix", default="", help="weights of question kinds, as relation=3,exists=2")
+    made.add_argument("--optimizer", choices=("muon", "adamw"), default="muon")
+    made.add_argument("--lr", type=float, default=1.0, help="factor of all learning rates")
+    made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--every", type=int, default=250, help="steps between examinations")
+    return made
+
+
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Parse, train, log, export; returns the last examination."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
-    parser.add_argument("--export", type=Path, help="model folder to write at the end, and with --export-at")
-    parser.add_argument("--export-at", type=int, default=0, help="also export after so many steps")
-    parser.add_argument("--log", type=Path, help="file of JSON lines")
-    parser.add_argument("--vision-steps", type=int, default=4000)
-    parser.add_argument("--steps", type=int, default=5000)
-    parser.add_argument("--vision-batch", type=int, default=32)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--questions", type=int, default=8)
-    parser.add_argument("--mix", default="", help="weights of question kinds, as relation=3,exists=2")
-    parser.add_argument("--optimizer", choices=("muon", "adamw"), default="muon")
-    parser.add_argument("--lr", type=float, default=1.0, help="factor of all learning rates")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--every", type=int, default=250, help="steps between examinations")
-    options = parser.parse_args(arguments)
+    options = parser().parse_args(arguments)
 
     options.out.mkdir(parents=True, exist_ok=True)
     checkpoint, last = options.out / "checkpoint.pt", {}
@@ -241,7 +253,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         for key, value in trainer.learn(batch).items():
             sums[key] += value
         trainer.seconds = time.monotonic() - began
-        phase, number = trainer.where(trainer.step - 1)
+        phase, _ = trainer.where(trainer.step - 1)
         if trainer.step % 50 == 0:
             line: dict[str, Any] = {"step": trainer.step, "phase": phase, "seconds": round(trainer.seconds, 1)}
             line.update({k: round(v / min(count, 50), 4) for k, v in sums.items()})

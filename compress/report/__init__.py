@@ -6,7 +6,8 @@ schema, so that the page, the Markdown text and the terminal cannot disagree.
 
 from __future__ import annotations
 
-from .page import html, markdown, write
+from .gallery import gallery_rows
+from .page import html, markdown, read, write
 from .rows import COLUMNS, headline, stage_rows
 
-__all__ = ["COLUMNS", "headline", "html", "markdown", "stage_rows", "write"]
+__all__ = ["COLUMNS", "gallery_rows", "headline", "html", "markdown", "read", "stage_rows", "write"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from . import rows as r
 FLIPS = {
     "right_to_wrong": "right → wrong",
     "wrong_to_right": "wrong → right",
-    "changed": "changed, still wrong",
+    "changed": "another answer, neither better nor worse",
     "same": "same answer",
 }
 
@@ -32,14 +33,37 @@ def write(out_dir: str | Path, report: Mapping[str, Any], gallery: Sequence[Mapp
     """
     out = Path(out_dir)
     texts = {
-        "report.json": json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
+        "report.json": json.dumps(_finite(report), indent=1, ensure_ascii=False, allow_nan=False) + "\n",
         "report.html": html(report, gallery),
     }
     try:
         for name, text in texts.items():
             _replace(out / name, text)
     except OSError as error:
-        raise OutputError("the report cannot be written", where=str(out), found=str(error), change="free space or choose another OUT") from error
+        change = "free some space or choose another OUT"
+        raise OutputError("the report cannot be written", where=str(out), found=str(error), change=change) from error
+
+
+def read(out_dir: str | Path) -> dict[str, Any]:
+    """report.json of a run.
+
+    Raises:
+        OutputError: there is none, or it is not JSON.
+    """
+    try:
+        return json.loads((Path(out_dir) / "report.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        change = "give the OUT of a finished 'svlm compress'"
+        raise OutputError("no report here", where=str(out_dir), found=str(error), change=change) from error
+
+
+def _finite(value: Any) -> Any:
+    """`value` with NaN and infinities as null, which is all that JSON has for them."""
+    if isinstance(value, Mapping):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _replace(path: Path, text: str) -> None:
@@ -62,7 +86,11 @@ def html(report: Mapping[str, Any], gallery: Sequence[Mapping[str, Any]] = ()) -
     from .plots import accuracy_svg, size_svg
 
     environment = Environment(
-        loader=PackageLoader(__package__, "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader(__package__, "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters |= {
         "size": r.size, "amount": r.amount, "percent": r.percent, "points": r.points, "number": r.number,
@@ -78,18 +106,31 @@ def html(report: Mapping[str, Any], gallery: Sequence[Mapping[str, Any]] = ()) -
         rows=rows,
         first=rows[0],
         last=r.last_good(report),
-        stopped=r.stopped_at(report),
+        badge=_badge(rows),
         columns=r.COLUMNS,
         tags=r.tag_rows(report),
         parts=r.part_rows(report),
         tries=r.try_rows(report),
-        promises=[(s, p) for s in report["stages"] for p in s.get("promises") or []],
+        promises=[s for s in report["stages"] if s.get("promises") or s.get("broken_promise")],
         gallery=pictures,
         flip_words=FLIPS,
         accuracy=Markup(accuracy_svg(rows)),
         sizes=Markup(size_svg(rows)),
         facts=_facts(report),
     )
+
+
+def _badge(rows: Sequence[r.Row]) -> dict[str, Any]:
+    """The run in three words, and whether every gate held."""
+    verdicts = [row["verdict"] for row in rows]
+    for verdict, text in (
+        ("failed", "stopped at a gate"),
+        ("kept", "a failed gate was kept"),
+        ("skipped", "a stage was skipped"),
+    ):
+        if verdict in verdicts:
+            return {"good": False, "text": text}
+    return {"good": True, "text": "all gates hold"}
 
 
 def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -121,6 +162,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     if tags:
         lines += ["", "| tag | questions | before | after | change, points |", "|---|---:|---:|---:|---:|"]
         for row in tags:
-            cells = (f"{row['tag']}: {row['value']}", str(row["n"]), r.percent(row["reference"]), r.percent(row["exact_match"]), r.points(row["delta"]))
+            figures = (r.percent(row["reference"]), r.percent(row["value"]), r.points(row["delta"]))
+            cells = (f"{row['tag']}: {row['name']}", str(row["n"]), *figures)
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

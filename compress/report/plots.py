@@ -20,26 +20,32 @@ if TYPE_CHECKING:
 # drawn in these, replaced by the page's variables afterwards
 INK, MUTED, GOOD, BAD, LINE = "#010101", "#020202", "#030303", "#040404", "#050505"
 VARIABLES = {INK: "var(--ink)", MUTED: "var(--muted)", GOOD: "var(--blue)", BAD: "var(--orange)", LINE: "var(--line)"}
-WIDTH, TOP, ROW = 4.7, 0.75, 0.34  # inches: narrow enough for a phone at its own size
+WIDTH, TOP, ROW = 4.2, 0.5, 0.34  # inches: narrow enough for a phone at its own size
 
 
 def accuracy_svg(rows: Sequence[Row]) -> str:
     """Exact match of each stage with the paired 95 % interval around it; a dashed line marks the original."""
     measured = [row for row in rows if row["exact_match"] is not None]
     figure, axes = _figure(measured)
+    least = min((_lowest(row) for row in measured if row["in_effect"]), default=0.0)
+    most = max((_highest(row) for row in measured), default=100.0)
+    room = max(most - least, 1.0)
+    left = least - 0.3 * room  # what lies further down was rolled back: an arrow says so, the rest keeps its scale
+    axes.set_xlim(left, most + 0.15 * room)
     for y, row in enumerate(measured):
         colour, value = (GOOD if row["in_effect"] else BAD), 100 * row["exact_match"]
-        if row["index"] and row["low"] is not None:
-            low, high = (100 * (row["reference"] + bound) for bound in (row["low"], row["high"]))
-            axes.plot([low, high], [y, y], color=colour, linewidth=2.2, solid_capstyle="round")
-        axes.plot([value], [y], marker="o" if row["in_effect"] else "X", color=colour, markersize=6.5)
-        axes.annotate(percent(row["exact_match"]), (value, y), (0, 6), textcoords="offset points", ha="center", color=INK, fontsize=8)
+        marker = "o" if row["in_effect"] else "X"
+        if value < left:
+            value, marker = left + 0.02 * room, "<"
+        elif row["index"] and row["low"] is not None:
+            axes.plot([_lowest(row), _highest(row)], [y, y], color=colour, linewidth=2.2, solid_capstyle="round")
+        axes.plot([value], [y], marker=marker, color=colour, markersize=6.5)
+        ha, xytext = ("left", (6, -3)) if marker == "<" else ("center", (0, 6))
+        _label(axes, percent(row["exact_match"]), value, y, ha=ha, xytext=xytext)
         if row["max_drop"] is not None:
             axes.plot([100 * (row["reference"] - row["max_drop"])], [y], marker="|", color=MUTED, markersize=11)
     if measured:
         axes.axvline(100 * measured[0]["exact_match"], color=MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
-    axes.margins(x=0.12)
-    axes.set_xlabel("exact match, %; line: paired 95 % interval; tick: what the gate allows", color=MUTED, fontsize=7.5)
     return _svg(figure, "accuracy")
 
 
@@ -49,12 +55,25 @@ def size_svg(rows: Sequence[Row]) -> str:
     figure, axes = _figure(measured)
     for y, row in enumerate(measured):
         megabytes = row["bytes"] / 1e6
-        axes.barh(y, megabytes, height=0.55, color=GOOD if row["in_effect"] else BAD, hatch="" if row["in_effect"] else "////", edgecolor=LINE)
-        axes.annotate(size(row["bytes"]), (megabytes, y), (4, 0), textcoords="offset points", va="center", color=INK, fontsize=8)
+        colour, hatch = (GOOD, "") if row["in_effect"] else (BAD, "////")
+        axes.barh(y, megabytes, height=0.55, color=colour, hatch=hatch, edgecolor=LINE)
+        _label(axes, size(row["bytes"]), megabytes, y, ha="left", xytext=(4, -3))
     axes.set_xlim(left=0)
     axes.margins(x=0.22)
-    axes.set_xlabel("megabytes on disk", color=MUTED, fontsize=7.5)
     return _svg(figure, "size")
+
+
+def _label(axes: Axes, text: str, x: float, y: float, *, ha: str, xytext: tuple[float, float]) -> None:
+    axes.annotate(text, (x, y), xytext, textcoords="offset points", ha=ha, color=INK, fontsize=8)
+
+
+def _lowest(row: Row) -> float:
+    """The lower end of the interval, percent; the value itself for the original."""
+    return 100 * (row["reference"] + row["low"]) if row["low"] is not None else 100 * row["exact_match"]
+
+
+def _highest(row: Row) -> float:
+    return 100 * (row["reference"] + row["high"]) if row["high"] is not None else 100 * row["exact_match"]
 
 
 def _figure(rows: Sequence[Row]) -> tuple[Figure, Axes]:
@@ -62,7 +81,8 @@ def _figure(rows: Sequence[Row]) -> tuple[Figure, Axes]:
 
     figure = Figure(figsize=(WIDTH, TOP + ROW * max(1, len(rows))), layout="constrained")
     axes = figure.subplots()
-    axes.set_yticks(range(len(rows)), [f"{row['index']} {row['pass']}" + ("" if row["in_effect"] else " ✕") for row in rows])
+    names = [f"{row['index']} {row['pass']}" + ("" if row["in_effect"] else " ✕") for row in rows]
+    axes.set_yticks(range(len(rows)), names)
     axes.set_ylim(len(rows) - 0.4, -0.75)
     axes.tick_params(axis="y", length=0, labelcolor=INK, labelsize=8.5)
     axes.tick_params(axis="x", color=LINE, labelcolor=MUTED, labelsize=8)

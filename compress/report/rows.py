@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 Row = dict[str, Any]
-IN_EFFECT = ("baseline", "passed", "retried")
+IN_EFFECT = ("baseline", "passed", "retried", "kept")
 NOTHING = "–"
 
 
@@ -32,42 +32,48 @@ def stage_rows(report: Mapping[str, Any]) -> list[Row]:
         report: report.json as a mapping, schema 1.
 
     Returns:
-        Rows with index, pass, settings, verdict, in_effect, says, exact_match, delta, low, high (fractions), kl (nats),
-        agreement, perplexity, right_to_wrong, wrong_to_right, bytes, ratio (original / this), parameters,
-        visual_tokens, flops (vision + prefill), latency_ms (vision + prefill), decode_ms (a token), seconds.
+        Rows with index, pass, settings, verdict, in_effect, says, max_drop, the keys of `quality_row`, bytes, ratio
+        (original / this), parameters, visual_tokens, flops and latency_ms (vision + prefill), decode_ms, seconds.
     """
     stages = report["stages"]
     original = (stages[0].get("cost") or {}).get("bytes") if stages else None
     return [_stage_row(stage, original) for stage in stages]
 
 
-def _stage_row(stage: Mapping[str, Any], original: float | None) -> Row:
-    quality, cost = stage.get("quality") or {}, stage.get("cost") or {}
+def quality_row(quality: Mapping[str, Any]) -> Row:
+    """The figures of report.json's `quality`, flat."""
     match = quality.get("exact_match") or {}
     low, high = match.get("ci95") or (None, None)
-    size = cost.get("bytes")
-    latency, flops = cost.get("latency_ms") or {}, cost.get("flops") or {}
-    gate = stage.get("gate") or {}
     return {
-        "index": stage["index"],
-        "pass": stage["pass"] or "original",
-        "settings": stage.get("settings") or {},
-        "verdict": stage["verdict"],
-        "in_effect": stage["verdict"] in IN_EFFECT or stage.get("kept") is True,
-        "says": gate.get("says", ""),
-        "max_drop": gate.get("max_drop") if gate.get("metric") == "exact_match" else None,
         "exact_match": match.get("value"),
         "reference": match.get("reference"),
         "delta": match.get("delta"),
         "low": low,
         "high": high,
+        "mcnemar_p": match.get("mcnemar_p"),
+        "right_to_wrong": match.get("right_to_wrong"),
+        "wrong_to_right": match.get("wrong_to_right"),
         "kl": quality.get("kl"),
         "agreement": quality.get("agreement"),
         "perplexity": quality.get("perplexity"),
-        "right_to_wrong": match.get("right_to_wrong"),
-        "wrong_to_right": match.get("wrong_to_right"),
-        "bytes": size,
-        "ratio": original / size if original and size else None,
+    }
+
+
+def _stage_row(stage: Mapping[str, Any], original: float | None) -> Row:
+    cost, gate = stage.get("cost") or {}, stage.get("gate") or {}
+    latency, flops = cost.get("latency_ms") or {}, cost.get("flops") or {}
+    stored = cost.get("bytes")
+    return {
+        "index": stage["index"],
+        "pass": stage["pass"] or "original",
+        "settings": stage.get("settings") or {},
+        "verdict": stage["verdict"],
+        "in_effect": stage["verdict"] in IN_EFFECT,
+        "says": stage.get("gate_says", "") if gate or stage.get("broken_promise") else "",
+        "max_drop": gate.get("max_drop") if gate.get("metric") == "exact_match" else None,
+        **quality_row(stage.get("quality") or {}),
+        "bytes": stored,
+        "ratio": original / stored if original and stored else None,
         "parameters": cost.get("parameters"),
         "visual_tokens": cost.get("visual_tokens"),
         "flops": _sum(flops, "vision", "prefill"),
@@ -94,7 +100,7 @@ def stopped_at(report: Mapping[str, Any]) -> Row | None:
 
 
 def headline(report: Mapping[str, Any]) -> list[str]:
-    """The verdict in sentences: how many times smaller, exact match before and after with the paired 95 % interval, flips."""
+    """The verdict in sentences: how many times smaller, exact match before and after with its interval, flips."""
     rows = stage_rows(report)
     first, last, stop = rows[0], last_good(report), stopped_at(report)
     name = model_name(report)
@@ -103,19 +109,22 @@ def headline(report: Mapping[str, Any]) -> list[str]:
         sentences.append(f"Nothing of {name} was changed.")
     elif last["ratio"]:
         times = f"{last['ratio']:.2f} times smaller" if last["ratio"] >= 1.005 else "not smaller"
-        sentences.append(f"{name} is {times}: {size(first['bytes'])} before, {size(last['bytes'])} after.")
+        sentences.append(f"{name} is now {times}: {size(first['bytes'])} before, {size(last['bytes'])} after.")
     if last["index"] and last["exact_match"] is not None:
         questions = (report.get("data") or {}).get("check")
         asked = f" on {questions:,} questions" if questions else ""
         sentences.append(
             f"Exact match{asked}: {percent(last['reference'])} before, {percent(last['exact_match'])} after, "
-            f"a change of {points(last['delta'])} points (paired 95 % interval {points(last['low'])} to {points(last['high'])})."
+            f"a change of {points(last['delta'])} points "
+            f"(paired 95 % interval {points(last['low'])} to {points(last['high'])})."
         )
-        sentences.append(f"{_answers(last['right_to_wrong'])} went from right to wrong, {last['wrong_to_right']} from wrong to right.")
+        worse, better = _answers(last["right_to_wrong"]), last["wrong_to_right"]
+        sentences.append(f"{worse} went from right to wrong, {better} from wrong to right.")
     if stop is not None:
         because = f": {stop['says']}" if stop["says"] else ""
         held = "the original" if last["index"] == 0 else f"the result of stage {last['index']} ({last['pass']})"
-        sentences.append(f"The run stopped at stage {stop['index']}, {stop['pass']}{because}. What lies here is {held}.")
+        place = f"stage {stop['index']}, {stop['pass']}"
+        sentences.append(f"The run stopped at {place}{because}. What lies here is {held}.")
     return sentences
 
 
@@ -135,7 +144,10 @@ def try_rows(report: Mapping[str, Any]) -> list[Row]:
     for stage in report["stages"]:
         tries = list(stage.get("tries") or [])
         for number, attempt in enumerate(tries, 1):
-            rows.append(_stage_row({**attempt, "index": stage["index"], "pass": stage["pass"]}, None) | {"number": number})
+            row = _stage_row(
+                {**attempt, "index": stage["index"], "pass": stage["pass"], "gate": stage.get("gate")}, None
+            )
+            rows.append(row | {"number": number})
         row = _stage_row(stage, None)
         if not row["in_effect"] and not tries:
             rows.append(row | {"number": 1})
@@ -143,13 +155,13 @@ def try_rows(report: Mapping[str, Any]) -> list[Row]:
 
 
 def tag_rows(report: Mapping[str, Any]) -> list[Row]:
-    """Exact match by tag of the stage that OUT holds: tag, value, n, reference, exact_match, delta (fractions)."""
+    """Exact match by tag of the stage that OUT holds: tag, name, n, reference, value, delta (fractions)."""
     index = last_good(report)["index"]
     quality = next(s for s in report["stages"] if s["index"] == index).get("quality") or {}
     rows = []
     for tag, values in (quality.get("by_tag") or {}).items():
         for value, numbers in values.items():
-            rows.append({"tag": tag, "value": value, **numbers})
+            rows.append({"tag": tag, "name": value, **numbers})
     return rows
 
 
@@ -216,7 +228,7 @@ def number(value: float | None, form: str) -> str:
 
 def change(row: Row) -> str:
     """The paired change of exact match with its 95 % interval, in points."""
-    if row["delta"] is None or row["index"] == 0:
+    if row["delta"] is None or row.get("index") == 0:
         return NOTHING
     return f"{points(row['delta'])} [{points(row['low'])}, {points(row['high'])}]"
 
@@ -242,7 +254,7 @@ COLUMNS: tuple[Column, ...] = (
     Column("settings", "settings", lambda r: settings_text(r["settings"]), numeric=False),
     Column("verdict", "verdict", lambda r: str(r["verdict"]), numeric=False),
     Column("exact_match", "exact match", lambda r: percent(r["exact_match"])),
-    Column("change", "change, points [95 %]", change),
+    Column("change", "change, points [95\u00a0%]", change),
     Column("kl", "KL", lambda r: number(r["kl"], ".4f")),
     Column("agreement", "agree", lambda r: percent(r["agreement"])),
     Column("flips", "flips", flips),

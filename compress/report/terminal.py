@@ -2,38 +2,57 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from . import rows as r
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
-# of `rows.COLUMNS`, those that fit a terminal; the rest is in report.html
-SHOWN = ("stage", "verdict", "exact_match", "change", "kl", "flips", "bytes", "parameters", "visual_tokens", "latency", "seconds")
+# of `rows.COLUMNS`, what a terminal of at least so many columns shows; all of them are in report.html
+SHOWN = {
+    0: ("stage", "verdict", "exact_match", "change", "bytes"),
+    112: ("stage", "verdict", "exact_match", "change", "kl", "flips", "bytes"),
+    160: tuple(c.key for c in r.COLUMNS if c.key not in ("settings", "agreement", "flops")),
+}
 
 
 def print_stages(report: Mapping[str, Any], file: TextIO | None = None) -> None:
     """The stage table and the verdict in sentences, on `file` (stdout)."""
-    columns = [c for c in r.COLUMNS if c.key in SHOWN]
-    print_table([c.title for c in columns], [[c.text(row) for c in columns] for row in r.stage_rows(report)],
-                right=[c.numeric for c in columns], file=file)  # fmt: skip
+    width = _width(file or sys.stdout) or 200
+    shown = next(keys for least, keys in reversed(SHOWN.items()) if width >= least)
+    columns = [c for c in r.COLUMNS if c.key in shown]
+    cells = [[c.text(row) for c in columns] for row in r.stage_rows(report)]
+    print_table([c.title for c in columns], cells, right=[c.numeric for c in columns], file=file)
     print(file=file)
     for sentence in r.headline(report):
         print(sentence, file=file)
 
 
-def print_table(titles: list[str], cells: list[list[str]], *, right: list[bool] | None = None, file: TextIO | None = None) -> None:
+def stage_line(stage: Mapping[str, Any]) -> str:
+    """One finished stage in one line, said while the run goes on."""
+    (row,) = r.stage_rows({"stages": [stage]})
+    words = [f"stage {row['index']} {row['pass']}: {row['verdict']}", f"exact match {r.percent(row['exact_match'])}"]
+    if row["index"]:
+        words.append(f"change {r.change(row)}")
+    words += [r.size(row["bytes"]), f"{r.number(row['seconds'], '.0f')} s"]
+    return "; ".join(words) + (f" ({row['says']})" if row["verdict"] not in ("baseline", "passed") else "")
+
+
+def print_table(
+    titles: list[str], cells: list[list[str]], *, right: list[bool] | None = None, file: TextIO | None = None
+) -> None:
     """A table by rich: the terminal's width, or as wide as it needs where there is no terminal."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
     stream = file or sys.stdout
-    console = Console(file=stream, width=None if stream.isatty() else 200, highlight=False)
+    console = Console(file=stream, width=_width(stream) or 200, highlight=False)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for i, title in enumerate(titles):
         numeric = bool(right and right[i])
@@ -41,6 +60,11 @@ def print_table(titles: list[str], cells: list[list[str]], *, right: list[bool] 
     for row in cells:
         table.add_row(*(_plain(cell) for cell in row))
     console.print(table)
+
+
+def _width(stream: TextIO) -> int | None:
+    """The terminal's width; None where there is no terminal."""
+    return shutil.get_terminal_size().columns if stream.isatty() else None
 
 
 def _plain(cell: str) -> str:
@@ -54,15 +78,30 @@ class Bars:
     """Progress for a terminal: what, unit, rate, time left; nested work gets a line of its own below."""
 
     def __init__(self) -> None:
+        from rich import progress
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-        self._progress = Progress(
-            TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
-            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("[dim]{task.fields[note]}"),
-            console=Console(stderr=True), transient=True,
-        )  # fmt: skip
+        self._progress = progress.Progress(
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(bar_width=24),
+            progress.MofNCompleteColumn(),
+            progress.TextColumn("{task.fields[rate]}"),
+            progress.TimeElapsedColumn(),
+            progress.TextColumn("left"),
+            progress.TimeRemainingColumn(),
+            progress.TextColumn("[dim]{task.fields[note]}"),
+            console=Console(stderr=True),
+            transient=True,
+        )
         self._open: list[TaskID] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Take the bars away, whatever was still open."""
+        self._open.clear()
+        self._progress.stop()
 
     def start(self, what: str, total: int) -> None:
         from rich.markup import escape
@@ -85,18 +124,30 @@ class Bars:
         if not self._open:
             self._progress.stop()
 
+    def say(self, text: str) -> None:
+        """A line above the bars."""
+        self._progress.console.print(text, markup=False, highlight=False)
+
 
 class Lines:
-    """Progress where there is no terminal: a line at the start, one now and then, and one at the end."""
+    """Progress where there is no terminal: a line at the start, one now and then, one at the end; nested work speaks
+    only if it takes long."""
 
     def __init__(self, every: float = 10.0, file: TextIO | None = None) -> None:
         self._every, self._file = every, file or sys.stderr
         self._open: list[_Work] = []
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.clear()
+
     def start(self, what: str, total: int) -> None:
         now = time.monotonic()
         self._open.append(_Work("  " * len(self._open) + what, total, now))
-        self._say(self._open[-1], f"0/{total}")
+        if len(self._open) == 1:
+            self._say(self._open[-1], f"0/{total}")
 
     def step(self, n: int = 1, note: str = "") -> None:
         work, now = self._open[-1], time.monotonic()
@@ -110,7 +161,11 @@ class Lines:
 
     def done(self) -> None:
         work = self._open.pop()
-        self._say(work, f"done in {time.monotonic() - work.began:.1f} s")
+        if not self._open or work.said > work.began:
+            self._say(work, f"done in {time.monotonic() - work.began:.1f} s")
+
+    def say(self, text: str) -> None:
+        print(text, file=self._file, flush=True)
 
     def _say(self, work: _Work, text: str) -> None:
         print(f"{work.what}: {text}", file=self._file, flush=True)

@@ -11,7 +11,9 @@ def quality(delta=0.0, agreement=1.0, kl=0.0, perplexity=1.0):
     return {"exact_match": exact, "agreement": agreement, "kl": kl, "perplexity": perplexity}
 
 
-@pytest.mark.parametrize(("delta", "holds"), [(0.01, True), (0.0, True), (-0.02, True), (-0.0201, False), (-0.5, False)])
+@pytest.mark.parametrize(
+    ("delta", "holds"), [(0.01, True), (0.0, True), (-0.02, True), (-0.0201, False), (-0.5, False)]
+)
 def test_exact_match_bounds_the_drop_against_the_original(delta, holds):
     passed, says = Gate("exact_match", max_drop=0.02).judge(quality(delta=delta))
     assert passed is holds

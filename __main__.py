@@ -1,0 +1,7 @@
+"""`python -m svlm` is `svlm`."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

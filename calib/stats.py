@@ -1,0 +1,134 @@
+"""Running statistics of a linear's inputs, with a weight for every token.
+
+A VLM's sequence is mostly image tokens, so a plain average over tokens is a statistic of images. Every statistic here
+takes per-token weights (`modality_weights`); padding always weighs 0. All of them grow by `update` and hold what they
+mean after any number of batches, whatever the batches' sizes.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol
+
+import torch
+
+from ..compress.anatomy import TokenMasks
+
+TokenWeights = Literal["balanced", "uniform", "text"]
+
+
+class Stat(Protocol):
+    """A running statistic."""
+
+    def update(self, x: torch.Tensor, weights: torch.Tensor) -> None:
+        """Add the inputs `x` [tokens, channels], each token with its weight >= 0 from `weights` [tokens]."""
+
+
+class Hessian:
+    """Weighted mean of ``2 x x^T``: the Hessian of a linear's squared output error (GPTQ, arXiv 2210.17323).
+
+    Attributes:
+        matrix: [channels, channels], kept in `dtype` (float32, or float64).
+        tokens: number of tokens with a weight above 0. weight: the sum of the weights.
+    """
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        self.dtype = dtype
+        self.matrix = torch.zeros(0, 0, dtype=dtype)
+        self.tokens = 0
+        self.weight = 0.0
+
+    def update(self, x: torch.Tensor, weights: torch.Tensor) -> None:
+        x, weights, total = _kept(x, weights, self.dtype)
+        if self.matrix.numel() == 0:
+            self.matrix = torch.zeros(x.shape[1], x.shape[1], dtype=self.dtype, device=x.device)
+        if total == 0:
+            return
+        self.weight += total
+        self.tokens += len(x)
+        scaled = x * (weights * (2 / self.weight)).sqrt()[:, None]
+        self.matrix.mul_(1 - total / self.weight).addmm_(scaled.T, scaled)
+
+
+class MeanSquare:
+    """Weighted mean of ``x^2`` by channel: the importance that weighs rounding errors (imatrix).
+
+    Attributes:
+        mean: [channels], float64.
+    """
+
+    def __init__(self) -> None:
+        self.mean = torch.zeros(0, dtype=torch.float64)
+        self.tokens = 0
+        self.weight = 0.0
+
+    def update(self, x: torch.Tensor, weights: torch.Tensor) -> None:
+        x, weights, total = _kept(x, weights, torch.float64)
+        if self.mean.numel() == 0:
+            self.mean = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
+        if total == 0:
+            return
+        self.weight += total
+        self.tokens += len(x)
+        self.mean += (weights @ x.square() - total * self.mean) / self.weight
+
+
+class ColumnNorm(MeanSquare):
+    """Weighted root mean square by channel: the ``||X_j||`` of Wanda (arXiv 2306.11695) up to a constant."""
+
+    @property
+    def norm(self) -> torch.Tensor:
+        """[channels], float64."""
+        return self.mean.sqrt()
+
+
+class AbsMax:
+    """The largest ``|x|`` by channel over all tokens with a weight above 0 (SmoothQuant, arXiv 2211.10438).
+
+    Attributes:
+        value: [channels], float32.
+    """
+
+    def __init__(self) -> None:
+        self.value = torch.zeros(0)
+        self.tokens = 0
+
+    def update(self, x: torch.Tensor, weights: torch.Tensor) -> None:
+        x, _, _ = _kept(x, weights, torch.float32)
+        if self.value.numel() == 0:
+            self.value = torch.zeros(x.shape[1], device=x.device)
+        if len(x):
+            self.tokens += len(x)
+            self.value = torch.maximum(self.value, x.abs().amax(0))
+
+
+def _kept(x: torch.Tensor, weights: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """The tokens that count, their weights, and the sum of these."""
+    if x.ndim != 2 or weights.shape != x.shape[:1]:
+        found = f"{tuple(x.shape)}, {tuple(weights.shape)}"
+        raise ValueError(f"x [tokens, channels] and weights [tokens] do not fit: {found}")
+    counted = weights > 0
+    if not bool(counted.all()):
+        x, weights = x[counted], weights[counted]
+    weights = weights.to(dtype)
+    return x.detach().to(dtype), weights, float(weights.sum(dtype=torch.float64))
+
+
+def modality_weights(masks: TokenMasks, mode: TokenWeights = "balanced") -> torch.Tensor:
+    """Weights of a batch's tokens, float32 [batch, tokens]; padding is 0.
+
+    ``uniform``: 1 for every real token. ``text``: 1 for text, 0 for visual tokens. ``balanced``: the visual and the
+    text tokens of the batch carry half of the total weight each, and the mean weight of a real token is 1 (a batch with
+    only one of the two is uniform).
+    """
+    vision, text = masks.vision.float(), masks.text.float()
+    if mode == "uniform":
+        return vision + text
+    if mode == "text":
+        return text
+    if mode != "balanced":
+        raise ValueError(f"token weights are balanced, uniform or text, not '{mode}'")
+    n_vision, n_text = float(vision.sum()), float(text.sum())
+    if n_vision == 0 or n_text == 0:
+        return vision + text
+    half = (n_vision + n_text) / 2
+    return vision * (half / n_vision) + text * (half / n_text)

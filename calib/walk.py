@@ -1,0 +1,336 @@
+"""Stream the fit split through the model one unit at a time, exactly, for every family.
+
+To process a unit the model's OWN forward runs, batch by batch, with every finished module replaced by what it returned
+(its memo); the unit's arguments are caught and the forward is stopped there. Statistics then come from running the unit
+alone on what was caught, as often as a pass likes. When the body of the loop ends, the unit runs once more as it now
+is, and its outputs are its memo: the next unit sees the compressed prefix, whatever the model computes in between.
+
+::
+
+    for block in Walk(view, batches, "language"):
+        for stage in block.stages:                                  # true-sequential
+            for linear, stat in block.observe(Hessian, stage).items():
+                linear.module.weight.copy_(rounded(linear.module.weight, stat.matrix))
+
+Memory: the arguments of one unit for all batches, and the memos that something still reads. A block whose output only
+its successor reads is replaced by a tensor of NaN without storage as soon as that one is finished; which outputs are
+read elsewhere (LLaVA's second last vision layer, Qwen3-VL's deep stack) is found by tracing NaN through the first
+batch, so a mistake would be loud. A vision tower that is finished as a whole is remembered as a whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from ..compress.anatomy import LinearRef, ModelView, TokenMasks, Unit
+from ..compress.base import Json, Progress, Silent, evaluating
+from ..compress.errors import WorkFailed
+from ..compress.runtime.reduce import installed
+from ..compress.selectors import Where
+from .replay import Probe, hollow, patched, recording, replaying
+from .scratch import Scratch
+from .stats import Stat, TokenWeights, modality_weights
+
+S = TypeVar("S", bound=Stat)
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class _Arrived(BaseException):
+    """Stops a forward when what was wanted is there. No Exception: nothing on the way may swallow it."""
+
+
+class WalkUnit:
+    """One unit in the hands of a pass.
+
+    Attributes:
+        unit: the unit. name, part: the unit's.
+        linears: those of its linears that the walk selected. stages: the same by stage, in execution order.
+        notes: JSON values that the pass wants to keep; they survive a kill and are in `Walk.notes`.
+    """
+
+    def __init__(self, walk: Walk, unit: Unit, linears: Sequence[LinearRef], calls: list[list[Call]]) -> None:
+        self.unit, self.name, self.part = unit, unit.name, unit.part
+        self.linears = tuple(linears)
+        stages = (tuple(ref for ref in stage if ref in self.linears) for stage in unit.stages)
+        self.stages = tuple(stage for stage in stages if stage)
+        self.notes: dict[str, Json] = {}
+        self._walk, self._calls = walk, calls
+
+    def observe(
+        self,
+        stat_factory: Callable[[], S],
+        linears: Iterable[LinearRef] | None = None,
+        token_weights: TokenWeights = "balanced",
+    ) -> dict[LinearRef, S]:
+        """Statistics of the inputs of `linears` (default: all selected), with the unit as it now is.
+
+        Args:
+            stat_factory: makes an empty statistic, for instance the class `Hessian`.
+            linears: linears of this unit.
+            token_weights: see `stats.modality_weights`. All tokens in the vision tower and the connector weigh 1.
+
+        Returns:
+            The statistic of each linear; linears that share an input share one.
+        """
+        chosen = self.linears if linears is None else tuple(linears)
+        leads: dict[int, LinearRef] = {}
+        for ref in chosen:
+            if ref.unit is not self.unit:
+                raise ValueError(f"{ref.path} is not in {self.name}")
+            leads.setdefault(ref.stage, ref)
+        stats = {stage: stat_factory() for stage in leads}
+        for index, calls in enumerate(self._calls):
+            weights = {stage: self._walk._weights(index, ref, token_weights) for stage, ref in leads.items()}
+            for args, kwargs in calls:
+                waiting = dict(leads)
+                watchers = {
+                    ref.module: _watching(ref, stats[stage], weights[stage], waiting) for stage, ref in leads.items()
+                }
+                with patched(watchers):
+                    try:
+                        self._walk._run(self.unit, args, kwargs)
+                    except _Arrived:
+                        continue
+                raise WorkFailed(
+                    "a linear was not called",
+                    where=self.name,
+                    found=", ".join(ref.path for ref in waiting.values()),
+                    change="correct the block's layout in the anatomy row, or list the linear under 'ignored'",
+                )
+        return {ref: stats[ref.stage] for ref in chosen}
+
+    def inputs(self) -> Iterator[Call]:
+        """The caught (args, kwargs) of the unit, batch after batch. Not copies: leave them as they are."""
+        for calls in self._calls:
+            yield from calls
+
+    def outputs(self) -> Iterator[Any]:
+        """What the unit, as it now is, returns for each of `inputs`."""
+        for args, kwargs in self.inputs():
+            yield self._walk._run(self.unit, args, kwargs)
+
+
+def _watching(ref: LinearRef, stat: Stat, weights: torch.Tensor | None, waiting: dict[int, LinearRef]) -> Any:
+    """The linear's forward, its input added to `stat`; stops the unit's forward when the last of `waiting` is there."""
+    original = ref.module.forward
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        rows = x.detach().reshape(-1, x.shape[-1])
+        stat.update(rows, _fitting(weights, rows, ref))
+        waiting.pop(ref.stage, None)
+        if not waiting:
+            raise _Arrived
+        return original(x)
+
+    return forward
+
+
+def _catching(module: nn.Module, caught: list[Call], expected: int) -> Callable[..., Any]:
+    """The module's forward, its arguments added to `caught`; stops the model's forward at the last expected call."""
+    original = module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        caught.append((args, kwargs))
+        if len(caught) == expected:
+            raise _Arrived
+        return original(*args, **kwargs)
+
+    return forward
+
+
+class Walk:
+    """An iteration over the units of which `where` selects linears, in forward order. See the module's docstring.
+
+    Args:
+        view: the model. batches: model-ready batches (dicts of tensors), the same sequence at every iteration.
+        where: selector; None selects everything but the head.
+        scratch: a folder that keeps finished units across a kill; they are restored and not yielded again.
+        name: of the walk, a folder in `scratch`, unique within a pass.
+
+    Attributes:
+        notes: unit name -> what the pass noted there, restored units included.
+
+    The body may change the tensors of its own unit (shapes too) and `view.grids` of its linears; nothing else.
+    """
+
+    def __init__(
+        self,
+        view: ModelView,
+        batches: Sequence[Mapping[str, Any]],
+        where: Where = None,
+        *,
+        scratch: Path | None = None,
+        name: str = "walk",
+        progress: Progress | None = None,
+    ) -> None:
+        self.view, self.batches = view, batches
+        self._units = view.units
+        self.name, self.progress = name, progress or Silent()
+        self.notes: dict[str, dict[str, Json]] = {}
+        self._selected: dict[Unit, list[LinearRef]] = {}
+        for ref in view.linears(where):
+            self._selected.setdefault(ref.unit, []).append(ref)
+        self._scratch = Scratch(scratch / name, view, batches, list(self._selected)) if scratch else None
+        self._memos: dict[str, list[list[Any]]] = {}  # module path -> batch -> arrival -> output
+        self._kept: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * len(batches)  # by a token pass
+        self._probe: Probe | None = None
+
+    def __len__(self) -> int:
+        return len(self._selected)
+
+    def __iter__(self) -> Iterator[WalkUnit]:
+        units = [unit for unit in self._units if unit in self._selected]
+        self._memos.clear()
+        self.progress.start(self.name, len(units))
+        done = 0
+        if self._scratch:
+            for unit in units:
+                notes = self._scratch.restore(unit)
+                if notes is None:
+                    break
+                self.notes[unit.name] = notes
+                self.progress.step(note=unit.name)
+                done += 1
+        for unit in units[done:]:
+            calls = self._capture(unit)
+            current = WalkUnit(self, unit, self._selected[unit], calls)
+            yield current
+            self.notes[unit.name] = current.notes
+            if self._scratch:
+                self._scratch.save(unit, current.notes)
+            if unit is not units[-1]:
+                self._memos[unit.path] = [[self._run(unit, *call) for call in batch] for batch in calls]
+                self._forget()
+            current._calls = calls = []
+            self.progress.step(note=unit.name)
+        self.progress.done()
+
+    def replay(self, index: int) -> Any:
+        """The model's own output for batch `index` with every finished unit replaced by its memo."""
+        with evaluating(self.view.model), patched(self._returning(index)):
+            return self._forward(index)
+
+    # ------------------------------------------------------------------------------------------------ one unit alone
+
+    def _run(self, unit: Unit, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        versions = [tensor._version for tensor in given]
+        with evaluating(self.view.model):
+            out = unit.module.forward(*args, **kwargs)
+        if versions != [tensor._version for tensor in given]:
+            raise WorkFailed("a block changes its input in place; it cannot be walked", where=unit.name)
+        return out
+
+    def _weights(self, index: int, ref: LinearRef, mode: TokenWeights) -> torch.Tensor | None:
+        """Token weights [batch, tokens] of a linear's input; None: all 1."""
+        tokens = ref.unit.cross if ref.role in ("cross.k", "cross.v") else ref.unit.tokens
+        if tokens == "image":
+            return None
+        masks = self.view.token_masks(self.batches[index], tokens)
+        kept = self._kept[index]
+        if kept is None:
+            return modality_weights(masks, mode)
+        places, valid = (t.to(masks.text.device) for t in kept)
+        seen = torch.zeros_like(masks.text).scatter(1, places, valid)  # weights are balanced over what is left
+        masks = TokenMasks(masks.vision & seen, masks.text & seen, masks.answer & seen, masks.padding | ~seen)
+        weights = modality_weights(masks, mode)
+        inside = ref.path.startswith(self.view.decoder_path + ".")
+        return weights.gather(1, places) * valid if inside else weights  # after the decoder the length is the full one
+
+    # ------------------------------------------------------------------------------------------------- the whole model
+
+    def _forward(self, index: int) -> Any:
+        device = self.view.model.device
+        batch = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in self.batches[index].items()}
+        return self.view.model(**{**batch, "use_cache": False})
+
+    def _capture(self, unit: Unit) -> list[list[Call]]:
+        """The arguments of `unit` for every batch. What runs before it and is not finished is remembered on the way."""
+        if self._probe is None:
+            self._probe = Probe(self.view, self._units, self.batches, self._forward)
+        probe = self._probe
+        ahead = [u for u in self._units[: self._units.index(unit)] if not self._covered(u.path)]
+        known = {*self._memos, *(u.path for u in ahead)}
+        owners = [
+            owner
+            for owner, inside in probe.owners.items()
+            if all(path in known or self._covered(path) for path in inside) and not self._covered(owner)
+        ]
+        owners = [owner for owner in owners if not any(owner.startswith(other + ".") for other in owners)]
+        hidden = [u for u in ahead if any(u.path.startswith(owner + ".") for owner in owners)]
+        keep = {u.path: False for u in ahead if u not in hidden and u.path not in self._memos}
+        for path in keep:
+            after = probe.successor.get(path)
+            keep[path] = path in probe.tapped or after is None or after not in known
+        records: dict[str, list[list[Any]]] = {path: [] for path in [*owners, *keep]}
+        complete = dict.fromkeys(records, True)
+        calls: list[list[Call]] = []
+        for index in range(len(self.batches)):
+            expected = probe.calls(self.batches[index], unit.path)
+            caught: list[Call] = []
+            reached = False
+            patches = self._returning(index)
+            for path, record in records.items():
+                record.append([])
+                patches[self._module(path)] = recording(self._module(path), record[-1], keep.get(path, True))
+            patches[unit.module] = _catching(unit.module, caught, expected)
+            with evaluating(self.view.model), patched(patches):
+                try:
+                    self._forward(index)
+                except _Arrived:
+                    reached = True
+            reduction = installed(self.view.model)
+            self._kept[index] = reduction.last if reduction else None
+            for path, record in records.items():
+                short = len(record[-1]) < probe.calls(self.batches[index], path)
+                complete[path] = complete[path] and not (reached and short)
+            calls.append(caught)
+        self._memos |= {path: record for path, record in records.items() if complete[path]}
+        self._forget()
+        if not any(calls):
+            raise WorkFailed(
+                "no sample reaches this part of the model", where=unit.name, change="calibrate with images"
+            )
+        return calls
+
+    def _module(self, path: str) -> nn.Module:
+        return self.view.model.get_submodule(path)
+
+    def _covered(self, path: str) -> bool:
+        """Whether the module, or one around it, is remembered."""
+        return path in self._memos or any(path.startswith(done + ".") for done in self._memos)
+
+    def _forget(self) -> None:
+        """Let go of memos that nothing reads any more."""
+        assert self._probe is not None
+        for path in list(self._memos):
+            if any(path.startswith(owner + ".") for owner in self._memos):
+                del self._memos[path]
+                continue
+            after = self._probe.successor.get(path)
+            if after in self._memos and path not in self._probe.tapped:
+                self._memos[path] = [[hollow(out) for out in batch] for batch in self._memos[path]]
+
+    def _returning(self, index: int) -> dict[nn.Module, Callable[..., Any]]:
+        copy = self._probe is not None and self._probe.mutates
+        return {self._module(path): replaying(path, memo[index], copy) for path, memo in self._memos.items()}
+
+
+def _fitting(weights: torch.Tensor | None, rows: torch.Tensor, ref: LinearRef) -> torch.Tensor:
+    """Weights for the rows of a linear's input, [tokens]."""
+    if weights is None:
+        return torch.ones(len(rows), device=rows.device)
+    if weights.numel() != len(rows):
+        raise WorkFailed(
+            "the tokens of the batch and of the block's input do not match",
+            where=ref.path,
+            found=f"{weights.numel()} in the batch, {len(rows)} in the block",
+            change="correct 'tokens' (image, prompt, sequence) of this place in the anatomy row",
+        )
+    return weights.reshape(-1).to(rows.device)

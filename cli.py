@@ -1,0 +1,400 @@
+"""The command line: parses, calls, prints, exits. Commands import what they need, so that --help is instant.
+
+Exit codes: 0 all gates hold; 1 a gate failed or a promise was broken; 2 usage, recipe, model or data error; 3 the work
+itself failed; 130 interrupted; 141 the reader of the output went away.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .compress import __version__
+from .compress.errors import DataError, GateFailed, PromiseBroken, RecipeError, SvlmError
+
+if TYPE_CHECKING:
+    from .compress.families import Family
+    from .compress.recipe import Recipe
+
+DEMO = "demo"
+
+
+@dataclasses.dataclass
+class State:
+    """What the error handler has to know of the command that is running."""
+
+    debug: bool = False
+    interrupted: str = ""
+
+
+class PipeClosed(Exception):
+    """The reader of our output went away (`svlm passes | head -1`)."""
+
+
+class Commands(click.Group):
+    """Commands in the order in which they are used, and a closed pipe told apart from other I/O errors."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            code = super().invoke(ctx)
+            sys.stdout.flush()
+            return code
+        except BrokenPipeError as error:
+            raise PipeClosed from error
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line on `arguments` (sys.argv); returns the exit code, raises nothing."""
+    state = State()
+    try:
+        return int(cli.main(arguments, prog_name="svlm", standalone_mode=False, obj=state) or 0)
+    except click.Abort:
+        _say(f"interrupted{state.interrupted and '; ' + state.interrupted}")
+        return 130
+    except PipeClosed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except click.ClickException as error:
+        error.show()
+        return 2
+    except Exception as error:
+        if state.debug:
+            traceback.print_exc()
+        if isinstance(error, SvlmError):
+            _say(f"{'gate' if error.exit_code == 1 else 'error'}: {error}")
+            return error.exit_code
+        _say(f"error: {type(error).__name__}: {error}\n  try: run it again with --debug to see where")
+        return 3
+
+
+def _say(text: str) -> None:
+    click.echo(f"svlm: {text}", err=True)
+
+
+def _debug(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    if value:
+        ctx.find_object(State).debug = True  # type: ignore[union-attr]
+
+
+def _threads(_: click.Context, __: click.Parameter, value: int | None) -> None:
+    if value:
+        os.environ["OMP_NUM_THREADS"] = str(value)  # before torch is imported
+
+
+debug = click.option(
+    "--debug", is_flag=True, expose_value=False, is_eager=True, callback=_debug, help="Show the traceback of an error."
+)
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+recipe_option = click.option(
+    "-r", "--recipe", required=True, metavar="RECIPE", help="A YAML file, or: default, int4, tokens-half, tiny."
+)
+set_option = click.option(
+    "-p", "--set", "assignments", multiple=True, metavar="PASS:KEY=VALUE", help="Override a setting; may be repeated."
+)
+gate_option = click.option("--gate", metavar="TEXT", help='One gate for all: "exact_match max_drop=0.01 on_fail=skip".')
+anatomy_option = click.option(
+    "--anatomy", type=click.Path(path_type=Path), metavar="ROW.YAML", help="Where the parts of an unknown family live."
+)
+trust_option = click.option("--trust-remote-code", is_flag=True, help="Run the Python code that a checkpoint brings.")
+threads_option = click.option(
+    "--threads", type=click.IntRange(1), callback=_threads, expose_value=False, help="CPU threads."
+)
+batch_option = click.option("--batch-size", type=click.IntRange(1), default=32, help="Questions in a batch; 32.")
+data_option = click.option(
+    "-d", "--data", metavar="DATA", help="JSONL, LLaVA JSON, folder, hub id, or demo (the default where MODEL is demo)."
+)
+
+
+def together(*options: Any) -> Callable[[Any], Any]:
+    """Several options as one decorator, shown in this order."""
+    return lambda command: functools.reduce(lambda inner, option: option(inner), reversed(options), command)
+
+
+work = together(recipe_option, data_option, set_option, gate_option)
+printing = together(as_json, debug)
+loading = together(anatomy_option, trust_option)
+speed = together(batch_option, threads_option)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="svlm")
+def cli() -> None:
+    """Turn a full vision-language model into a small one, verified after every pass.
+
+    \b
+    Try it on the model that ships, about ten minutes on a laptop:
+      svlm compress demo -r default -o runs/demo
+      svlm report runs/demo
+
+    \b
+    Your own model and questions:
+      svlm inspect ./my-vlm
+      svlm plan ./my-vlm -r int4 -d questions.jsonl
+      svlm compress ./my-vlm -r int4 -d questions.jsonl -o runs/int4
+      svlm ask runs/int4 photo.jpg "how many dogs are there"
+
+    \b
+    MODEL   a Hugging Face model folder, a hub id, or demo
+    DATA    a JSONL file, one question a line:
+            {"image": "a.png", "question": "how many dogs?", "answer": "2"}
+    RECIPE  a YAML file, or default, int4, tokens-half, tiny
+
+    Exit codes: 0 all gates hold, 1 a gate failed, 2 usage or data error, 3 the work itself failed.
+    """
+
+
+@cli.command()
+@click.argument("name", required=False)
+@printing
+def passes(name: str | None, as_json: bool) -> None:
+    """The menu of passes; with NAME, its settings, defaults and paper.
+
+    \b
+    Examples:
+      svlm passes
+      svlm passes quantize.gptq
+    """
+    from .compress.report.tables import menu_facts, pass_facts, print_menu, print_pass
+    from .passes import find, names
+
+    if name is None:
+        facts = menu_facts(find(n) for n in names())
+        _print_json(facts) if as_json else print_menu(facts)
+    else:
+        kind = find(name)
+        _print_json(pass_facts(kind)) if as_json else print_pass(kind)
+
+
+@cli.command()
+@click.argument("model")
+@loading
+@printing
+def inspect(model: str, anatomy: Path | None, trust_remote_code: bool, as_json: bool) -> None:
+    """The anatomy of MODEL: parts, blocks, linears, parameters, bytes, visual tokens an image.
+
+    \b
+    Examples:
+      svlm inspect demo
+      svlm inspect ./my-vlm --anatomy row.yaml
+    """
+    from .compress.inspect import inspect_table
+    from .compress.report.tables import print_anatomy
+    from .passes.api import load_view
+
+    view = load_view(model, rows=_rows(anatomy), trust_remote_code=trust_remote_code)
+    facts = inspect_table(view) | {"passes": [entry.name for entry in view.ledger]}
+    _print_json(facts) if as_json else print_anatomy(facts)
+
+
+@cli.command()
+@click.argument("model")
+@work
+@loading
+@speed
+@printing
+def plan(
+    model: str, recipe: str, data: str | None, assignments: tuple[str, ...], gate: str | None, anatomy: Path | None,
+    trust_remote_code: bool, batch_size: int, as_json: bool,
+) -> None:  # fmt: skip
+    """What RECIPE would do to MODEL, in order, with the checks. Touches nothing.
+
+    With DATA, every pass is rehearsed on two samples of a shrunken copy, saved and loaded back.
+
+    \b
+    Examples:
+      svlm plan demo -r default
+      svlm plan ./my-vlm -r recipe.yaml -d questions.jsonl
+    """
+    steps = _recipe(recipe, assignments, gate)
+    source = data or (DEMO if model == DEMO else None)
+    from .compress.pipeline import describe_steps
+    from .compress.report.tables import print_plan
+    from .passes.plan import checks as make_checks
+
+    described = describe_steps(steps)
+    checks = make_checks(model, steps, source, batch_size, rows=_rows(anatomy), trust_remote_code=trust_remote_code)
+    if as_json:
+        _print_json({"recipe": steps.to_json(), "steps": described, "checks": checks})
+    else:
+        print_plan(steps, described, checks)
+
+
+@cli.command()
+@click.argument("model")
+@work
+@click.option("-o", "--output", "out", type=click.Path(path_type=Path), required=True, help="Folder for the result.")
+@click.option("--resume", is_flag=True, help="Go on where an interrupted run stopped.")
+@click.option("--overwrite", is_flag=True, help="Replace an earlier svlm run in OUT.")
+@loading
+@speed
+@printing
+@click.pass_obj
+def compress(
+    state: State, model: str, recipe: str, data: str | None, out: Path, assignments: tuple[str, ...], gate: str | None,
+    resume: bool, overwrite: bool, anatomy: Path | None, trust_remote_code: bool, batch_size: int, as_json: bool,
+) -> None:  # fmt: skip
+    """Run RECIPE over MODEL, verify every pass on DATA, leave the small model and its report in OUT.
+
+    \b
+    Examples:
+      svlm compress demo -r default -o runs/demo
+      svlm compress ./my-vlm -r int4 -d questions.jsonl -o runs/int4
+      svlm compress ./my-vlm -r int4 -d questions.jsonl -o runs/int3 -p quantize.gptq:bits=3 \\
+          --gate "exact_match max_drop=0.01 on_fail=retry"
+
+    Killed or interrupted: the same command with --resume goes on at the last finished block.
+    """
+    steps = _recipe(recipe, assignments, gate)
+    samples = _data(data, model)
+    rows = _rows(anatomy)
+    from .compress.report.terminal import progress, stage_line
+    from .passes.api import Options, compress_model
+
+    state.interrupted = f"finished stages are kept in {out}, the same command with --resume goes on from there"
+    try:
+        with progress() as told:
+            options = Options(
+                resume=resume, overwrite=overwrite, batch_size=batch_size, rows=rows, progress=told,
+                trust_remote_code=trust_remote_code, on_stage=lambda stage: told.say(stage_line(stage)),
+            )  # fmt: skip
+            compress_model(model, steps, samples, out, options)
+    except (GateFailed, PromiseBroken):
+        _show_run(out, as_json)
+        raise
+    _show_run(out, as_json)
+
+
+@cli.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--against", required=True, metavar="MODEL", help="The original.")
+@data_option
+@gate_option
+@anatomy_option
+@speed
+@printing
+def verify(
+    out: Path, against: str, data: str | None, gate: str | None, anatomy: Path | None, batch_size: int, as_json: bool
+) -> int:  # fmt: skip
+    """Compare OUT with the original from disk: the paired difference on the check split.
+
+    \b
+    Examples:
+      svlm verify runs/demo --against demo
+      svlm verify runs/int4 --against ./my-vlm -d questions.jsonl --gate "exact_match max_drop=0.02"
+    """
+    from .compress.gate import Gate
+
+    limit = Gate.parse(gate) if gate else None
+    samples = _data(data, against)
+    from .compress.report.tables import print_comparison
+    from .compress.report.terminal import progress
+    from .passes.api import verify as compare
+
+    with progress() as told:
+        result = compare(out, against, samples, gate=limit, batch_size=batch_size, progress=told, rows=_rows(anatomy))
+    _print_json(result) if as_json else print_comparison(result)
+    return 0 if result["passed"] else 1
+
+
+@cli.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--markdown", "as_markdown", is_flag=True, help="Print Markdown.")
+@printing
+def report(out: Path, as_markdown: bool, as_json: bool) -> None:
+    """The stage table of a run, and where its HTML report lies.
+
+    \b
+    Examples:
+      svlm report runs/demo
+      svlm report runs/demo --markdown >> NOTES.md
+    """
+    from .compress.report import markdown, read
+
+    if as_json and as_markdown:
+        raise click.UsageError("give --json or --markdown, not both")
+    if as_markdown:
+        click.echo(markdown(read(out)), nl=False)
+    else:
+        _show_run(out, as_json)
+
+
+@cli.command()
+@click.argument("out")
+@click.argument("image", type=click.Path(path_type=Path))
+@click.argument("question")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True)
+@trust_option
+@threads_option
+@debug
+def ask(out: str, image: Path, question: str, max_new_tokens: int, trust_remote_code: bool) -> None:
+    """Ask a model (a run's OUT, or an original) a question about a picture.
+
+    \b
+    Example:
+      svlm ask runs/demo photo.png "how many dogs are there"
+    """
+    from .calib.ask import ask as answer
+    from .passes.api import load_view
+
+    view = load_view(out, trust_remote_code=trust_remote_code)
+    click.echo(answer(view, image, question, max_new_tokens=max_new_tokens))
+
+
+def _recipe(source: str, assignments: tuple[str, ...], gate: str | None) -> Recipe:
+    from .compress.gate import Gate
+    from .compress.recipe import read_recipe
+    from .passes import find
+    from .recipes import SHIPPED
+
+    made = read_recipe(source, find, SHIPPED).override([_assignment(text) for text in assignments])
+    return made.with_gate(Gate.parse(gate)) if gate else made
+
+
+def _assignment(text: str) -> tuple[str, str, str]:
+    name, colon, rest = text.partition(":")
+    key, equals, value = rest.partition("=")
+    if not (name and colon and key and equals):
+        raise RecipeError("-p wants PASS:KEY=VALUE", found=text, change="for example -p quantize.gptq:bits=3")
+    return name, key, value
+
+
+def _data(data: str | None, model: str) -> str:
+    if data is None and model != DEMO:
+        raise DataError("say which data shall judge the passes", change="-d questions.jsonl; 'svlm --help' says more")
+    return data or DEMO
+
+
+def _rows(path: Path | None) -> tuple[Family, ...]:
+    if path is None:
+        return ()
+    from .compress.families import Family
+
+    return (Family.from_yaml(path),)
+
+
+def _show_run(out: Path, as_json: bool) -> None:
+    from .compress.report import read
+    from .compress.report.terminal import print_stages
+
+    made = read(out)
+    if as_json:
+        _print_json(made)
+    else:
+        print_stages(made)
+        click.echo(f"report: {out / 'report.html'}")
+
+
+def _print_json(value: Any) -> None:
+    click.echo(json.dumps(value, indent=1, ensure_ascii=False, default=str))

@@ -1,0 +1,246 @@
+"""The anatomy of a vision-language model: vision tower -> connector -> language model -> head.
+
+`view_of(model)` finds the model's `Family` row and gives a `ModelView`: its units (blocks and loose modules) in forward
+order, their linears by stage, the norms that feed them, attention and MLP geometry, token masks. Every nn.Linear of the
+model lies in exactly one unit, or the row says why it is ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from .errors import ModelError, SelectorError
+from .families import PARTS, Family, known_rows
+from .ledger import Ledger
+from .runtime.reduce import installed, kept_count
+from .selectors import Where, select_linears
+from .units import AttentionGeometry, LinearRef, MlpGeometry, Stack, Unit, find_anchors, find_units
+from .unknown import unknown_family
+
+if TYPE_CHECKING:
+    from .runtime.grid import Grid
+
+__all__ = [
+    "AttentionGeometry",
+    "LinearRef",
+    "MlpGeometry",
+    "ModelView",
+    "Stack",
+    "TokenMasks",
+    "Unit",
+    "view_of",
+]
+
+
+@dataclass(frozen=True)
+class TokenMasks:
+    """BoolTensors [batch, tokens]. `text`: real tokens that are not visual; `answer` (labels != -100) lies in it."""
+
+    vision: torch.Tensor
+    text: torch.Tensor
+    answer: torch.Tensor
+    padding: torch.Tensor
+
+
+def _square(value: Any) -> int:
+    height, width = value if isinstance(value, (list, tuple)) else (value, value)
+    return height * width
+
+
+def _patches(config: Any) -> int:
+    vision = config.vision_config
+    return _square(vision.image_size) // _square(vision.patch_size)
+
+
+PER_IMAGE: dict[str, Callable[[Any], int]] = {
+    "patches": _patches,
+    "pixel_shuffle": lambda config: _patches(config) // config.scale_factor**2,
+    "downsampled_patches": lambda config: int(_patches(config) * config.downsample_ratio**2),
+    "mm_tokens_per_image": lambda config: config.mm_tokens_per_image,
+    "num_query_tokens": lambda config: config.num_query_tokens,
+}
+
+
+class ModelView:
+    """A model and its anatomy. Passes change `model` in place; `refresh` after changing shapes or modules.
+
+    Attributes:
+        processor: the Hugging Face processor, or None (a folder with weights alone).
+        ledger: the passes applied so far. grids: path of a linear -> the grid that its weight lies on.
+        source: where the model came from. storage_dtype: what its floating weights are saved in.
+    """
+
+    def __init__(self, model: nn.Module, processor: Any, family: Family, source: str = "") -> None:
+        self.model: Any = model
+        self.processor = processor
+        self.family = family
+        self.source = source
+        self.ledger = Ledger()
+        self.grids: dict[str, Grid] = {}
+        self.storage_dtype: torch.dtype = self.model.dtype
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Find the units anew. References taken before then point at the old modules."""
+        paths = dict(self.model.named_modules())
+        anchors = find_anchors(self.model, self.family, paths)
+        self.tower_path, self.decoder_path = anchors["@image"], anchors["@decoder"]
+        self.units = find_units(self.model, self.family, paths, anchors)
+        self._linears = {ref.path: ref for unit in self.units for ref in unit.linears}
+
+    @property
+    def parts(self) -> dict[str, tuple[Unit, ...]]:
+        """The units of each part that the model has, parts in forward order."""
+        found = {part: tuple(unit for unit in self.units if unit.part == part) for part in PARTS}
+        return {part: units for part, units in found.items() if units}
+
+    @property
+    def tower(self) -> nn.Module:
+        """The vision tower."""
+        return self.model.get_submodule(self.tower_path)
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The module whose forward receives `inputs_embeds` for prefill."""
+        return self.model.get_submodule(self.decoder_path)
+
+    def linears(self, where: Where = None) -> tuple[LinearRef, ...]:
+        """The linears that `where` selects (see selectors.py), in forward order. SelectorError where there are none."""
+        return select_linears(self.units, where)
+
+    def select(self, where: Where = None) -> tuple[Unit, ...]:
+        """The units of which `where` selects at least one linear. SelectorError where there are none."""
+        chosen = {ref.unit for ref in self.linears(where)}
+        return tuple(unit for unit in self.units if unit in chosen)
+
+    def linear(self, path: str) -> LinearRef:
+        """The linear at a dotted path. SelectorError where there is none."""
+        if path not in self._linears:
+            raise SelectorError(f"no linear layer at '{path}'", where=self.source, found=f"{len(self._linears)} others")
+        return self._linears[path]
+
+    @property
+    def image_token_id(self) -> int | None:
+        """The placeholder that visual tokens replace; None where the language model attends to the image instead."""
+        ids = self._image_token_ids()
+        return ids[0] if ids else None
+
+    def _image_token_ids(self) -> list[int]:
+        values = [attrgetter(name)(self.model.config) for name in self.family.image_tokens]
+        return [value for value in values if value is not None]
+
+    @property
+    def tied_embeddings(self) -> bool:
+        """Whether the head shares its weight with an embedding: changing one changes the other."""
+        embeddings = {id(m.weight) for m in self.model.modules() if isinstance(m, nn.Embedding)}
+        return any(id(ref.module.weight) in embeddings for unit in self.parts.get("head", ()) for ref in unit.linears)
+
+    def smoothing_pairs(self, unit: Unit) -> tuple[tuple[str, tuple[str, ...]], ...]:
+        """Between what a per-channel scale can be moved without changing the unit's function.
+
+        Each pair is (path of a norm or linear whose output channels are divided, paths of the linears whose input
+        channels are multiplied): a norm that feeds one stage alone, values before the output projection (only where
+        every query head has its own value head), and `up` before `down` in a gated MLP.
+        """
+        pairs = []
+        for stage in unit.stages:
+            if stage[0].norm is not None:
+                pairs.append((stage[0].norm, tuple(ref.path for ref in stage)))
+        for kind, geometry in (("attn", unit.attention), ("cross", unit.cross_attention)):
+            if geometry and geometry.v and geometry.n_heads == geometry.n_kv_heads and self._plain(unit, kind):
+                pairs.append((geometry.v, (geometry.o,)))
+        if unit.mlp and unit.mlp.gate and not unit.mlp.fused:
+            pairs.append((unit.mlp.up, (unit.mlp.down,)))
+        return tuple(pairs)
+
+    def _plain(self, unit: Unit, kind: str) -> bool:
+        """Values meet the output projection channel by channel: equal widths."""
+        by_role = {ref.role: ref.module for ref in unit.linears}
+        return by_role[f"{kind}.v"].out_features == by_role[f"{kind}.o"].in_features
+
+    def token_masks(self, batch: Mapping[str, Any], tokens: str = "sequence") -> TokenMasks:
+        """Which tokens of `batch` are visual, text, answer, padding.
+
+        Args:
+            batch: model-ready tensors: `input_ids` and `attention_mask` [batch, tokens], `labels` (-100 outside the
+                answer).
+            tokens: ``sequence``: the tokens that the logits belong to. ``prompt``: the encoder's tokens of an
+                encoder-decoder language model.
+
+        Raises:
+            ModelError: the batch has none of the tensors that tell.
+        """
+        if self.family.seq2seq and tokens == "sequence":
+            return self._decoder_masks(batch)
+        if "input_ids" not in batch:
+            raise ModelError("the batch has no input_ids", found=", ".join(batch))
+        ids = batch["input_ids"]
+        mask = batch.get("attention_mask")
+        padding = torch.zeros_like(ids, dtype=torch.bool) if mask is None else mask == 0
+        vision = torch.isin(ids, torch.tensor(self._image_token_ids(), dtype=ids.dtype, device=ids.device)) & ~padding
+        text = ~vision & ~padding
+        labels = None if self.family.seq2seq else batch.get("labels")
+        answer = torch.zeros_like(text) if labels is None else (labels != -100) & text
+        return TokenMasks(vision, text, answer, padding)
+
+    def _decoder_masks(self, batch: Mapping[str, Any]) -> TokenMasks:
+        ids, labels = batch.get("decoder_input_ids"), batch.get("labels")
+        if ids is None and labels is None:
+            raise ModelError("the batch has neither labels nor decoder_input_ids", found=", ".join(batch))
+        mask = batch.get("decoder_attention_mask")
+        if mask is not None:
+            padding = mask == 0
+        elif ids is not None:
+            padding = torch.zeros_like(ids, dtype=torch.bool)
+        else:
+            padding = labels == -100
+        answer = torch.zeros_like(padding) if labels is None else (labels != -100) & ~padding
+        return TokenMasks(torch.zeros_like(padding), ~padding, answer, padding)
+
+    def visual_tokens(self, batch: Mapping[str, Any]) -> list[int]:
+        """Visual tokens of each sample that the language model works on.
+
+        Placeholders in its prompt (what a token pass leaves of them), or the states that the decoder attends to.
+        """
+        if self._image_token_ids() and "input_ids" in batch:
+            vision = self.token_masks(batch, "prompt").vision
+            reduction = installed(self.model)
+            if reduction is None:
+                return vision.sum(1).tolist()
+            runs = [[len(list(run)) for is_vision, run in groupby(row) if is_vision] for row in vision.tolist()]
+            return [sum(kept_count(length, reduction.keep) for length in row) for row in runs]
+        if "pixel_values" not in batch:
+            return [0] * len(next(iter(batch.values())))
+        with torch.no_grad():
+            states = self.tower(batch["pixel_values"]).last_hidden_state
+        return [states.shape[1]] * states.shape[0]
+
+    def per_image(self) -> int | None:
+        """Visual tokens of one image by the config alone; None where they depend on the image."""
+        formula = self.family.per_image
+        return PER_IMAGE[formula](self.model.config) if formula else None
+
+
+def view_of(model: nn.Module, processor: Any = None, *, source: str = "", rows: Sequence[Family] = ()) -> ModelView:
+    """The anatomy of `model`; loads nothing.
+
+    Args:
+        model: a transformers vision-language model with its language-model head.
+        rows: the user's own rows, tried before those that ship.
+
+    Raises:
+        ModelError: no row serves this kind of model, a block class is unknown, or the row does not cover every linear.
+            The message says what was seen and holds a row to start from.
+    """
+    config: Any = model.config
+    for family in known_rows(tuple(rows)):
+        if family.serves(config):
+            return ModelView(model, processor, family, source)
+    raise unknown_family(model, source)

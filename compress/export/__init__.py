@@ -1,0 +1,1 @@
+"""Formats of saved models: one file each."""

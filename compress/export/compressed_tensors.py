@@ -1,0 +1,105 @@
+"""The compressed-tensors `pack-quantized` layout: what stock transformers (with compressed-tensors) and vLLM load.
+
+For a linear `X` of [out, in]::
+
+    X.weight_packed      int32 [out, ceil(in * bits / 32)]     integers + 2^(bits-1), dense along the inputs
+    X.weight_scale       [out, groups]                         in the dtype of the checkpoint
+    X.weight_zero_point  int32 [ceil(out * bits / 32), groups] asymmetric only, packed along the outputs
+    X.weight_shape       int64 [2]
+
+transformers saves some families under older key names (`language_model.model...`) than their modules have; the targets
+name every linear both ways, so that a loader that matches either finds it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
+from torch import nn
+
+from ..anatomy import ModelView
+from ..base import Json
+from ..errors import ModelError, WorkFailed
+from ..runtime.grid import Grid, dequantize, off_grid, pack, quantize, unpack
+
+METHOD = "compressed-tensors"
+
+
+def quantization_config(view: ModelView, saved: Mapping[str, str]) -> dict[str, Json]:
+    """config.json's `quantization_config`. `saved`: module path -> the name that the checkpoint gives it."""
+    kinds: dict[tuple[int, int, bool], list[str]] = {}
+    for path, grid in view.grids.items():
+        kinds.setdefault((grid.bits, grid.group, grid.symmetric), []).append(path)
+    groups: dict[str, Json] = {}
+    for number, ((bits, group, symmetric), paths) in enumerate(sorted(kinds.items())):
+        names = sorted({name for path in paths for name in (path, saved[path])})
+        weights = {
+            "num_bits": bits,
+            "type": "int",
+            "symmetric": symmetric,
+            "strategy": "channel" if group == -1 else "group",
+            "group_size": None if group == -1 else group,
+            "dynamic": False,
+        }
+        groups[f"group_{number}"] = {"targets": names, "weights": weights, "format": "pack-quantized"}
+    rest = {name for name, module in view.model.named_modules() if isinstance(module, nn.Linear)} - set(view.grids)
+    return {
+        "quant_method": METHOD,
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": sorted(rest),
+    }
+
+
+def packed_state(view: ModelView, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`state` with the weight of every gridded linear replaced by its packed integers, scales and shape.
+
+    Raises:
+        WorkFailed: a weight that should lie on its grid does not; packing it would change the model.
+    """
+    packed = dict(state)
+    for path, grid in view.grids.items():
+        weight = packed.pop(f"{path}.weight").float()
+        share = off_grid(weight, grid)
+        if share > 0:
+            raise WorkFailed(
+                "a quantized weight is off its grid", where=path, found=f"{100 * share:.2f} % of its values"
+            )
+        packed[f"{path}.weight_packed"] = pack(quantize(weight, grid), grid.bits)
+        packed[f"{path}.weight_scale"] = grid.scale.contiguous()
+        packed[f"{path}.weight_shape"] = torch.tensor(weight.shape, dtype=torch.int64)
+        if grid.zero is not None:
+            packed[f"{path}.weight_zero_point"] = pack_to_int32(grid.zero.to(torch.int8), grid.bits, packed_dim=0)
+    return packed
+
+
+def unpack_state(
+    tensors: Mapping[str, torch.Tensor], rows: Mapping[str, Mapping[str, Any]]
+) -> tuple[dict[str, torch.Tensor], dict[str, Grid]]:
+    """The inverse: ordinary weights in the dtype of the scales, and the grids by saved name.
+
+    Args:
+        rows: saved name -> bits, group, symmetric.
+
+    Raises:
+        ModelError: a packed tensor is missing.
+    """
+    state, grids = dict(tensors), {}
+    for name, row in rows.items():
+        try:
+            words, scale = state.pop(f"{name}.weight_packed"), state.pop(f"{name}.weight_scale")
+            out, columns = (int(n) for n in state.pop(f"{name}.weight_shape"))
+            zero = None
+            if not row["symmetric"]:
+                stored = state.pop(f"{name}.weight_zero_point")
+                zero = unpack_from_int32(stored, row["bits"], torch.Size((out, scale.shape[1])), packed_dim=0)
+        except KeyError as error:
+            raise ModelError("the packed checkpoint lacks a tensor", where=name, found=str(error)) from error
+        grid = Grid(row["bits"], row["group"], row["symmetric"], scale, zero)
+        state[f"{name}.weight"] = dequantize(unpack(words, row["bits"], (out, columns)), grid).to(scale.dtype)
+        grids[name] = grid
+    return state, grids

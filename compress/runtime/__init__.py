@@ -1,0 +1,1 @@
+"""What runs below the passes: grids of quantized weights, reduced visual sequences."""

@@ -1,0 +1,399 @@
+"""Fewer visual tokens in the language model: the mechanism, whatever chooses the tokens.
+
+The visual tokens are already merged into `inputs_embeds` when the decoder is called. `install` puts one `Reduction` on
+a model; it listens at two places and changes no weight:
+
+* before the module that merges images and text (it still sees `input_ids`): which positions are visual;
+* around the decoder: the tokens that were not chosen are taken out of `inputs_embeds`, masks, position ids and every
+  other per-token input, the decoder runs on the shorter sequence, and its hidden states are scattered back to full
+  length (zeros where a token was taken out), so that logits, labels and all outer code are untouched.
+
+What is computed is what the original computes when nobody attends to the tokens taken out: position ids stay the
+original ones (M-RoPE included), sliding windows count original distances. The KV cache holds the shorter sequence and
+knows it (`shortened`): towards generation code it answers with the full length, so decoding, beams, several turns and
+cache reuse work as before.
+
+Images are runs of consecutive image tokens (a tile between separators is one; videos are left alone). Of each,
+`kept_count` tokens stay, a number that depends on its length alone, and the choice depends on its own features (and,
+where asked for, on its row's prompt), never on the rest of the batch. Rows that end up shorter are filled up on the
+left with masked tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ModelError, UsageError
+from .masks import gather, mask_far, order, shorten_mask
+from .shortened import Shortened, shortened, state_of
+
+SLOT = "visual_token_reduction"  # name of the Reduction among the decoder's children
+VISUAL_MASK, VISUAL_FEATURES = "visual_pos_masks", "deepstack_visual_embeds"  # Qwen3-VL's inputs by visual token
+Choose = Callable[[Tensor, int, Tensor | None], Tensor]
+
+
+def kept_count(tokens: int, keep: float) -> int:
+    """How many of an image's `tokens` stay: the fraction `keep`, rounded half up, at least one."""
+    return max(1, math.floor(keep * tokens + 0.5))
+
+
+def installed(model: nn.Module) -> Reduction | None:
+    """The reduction that `model` carries, if any."""
+    return next((m for m in model.modules() if isinstance(m, Reduction)), None)
+
+
+def install(model: nn.Module, decoder_path: str, reduction: Reduction) -> None:
+    """Put `reduction` on `model`. It travels with `copy.deepcopy`; `remove` takes it off again.
+
+    Raises:
+        ModelError: the model already carries one, or cannot carry one (see `obstacle`).
+    """
+    reason = obstacle(model, decoder_path)
+    if reason:
+        raise ModelError("this model cannot run with fewer visual tokens", where=decoder_path, found=reason)
+    decoder, merger = model.get_submodule(decoder_path), _merger(model, decoder_path)
+    assert merger is not None
+    decoder.register_module(SLOT, reduction)
+    reduction.window = _window(decoder)
+    reduction.causal = not _setting(decoder, "use_bidirectional_attention")
+    if reduction.prompt:
+        model.register_forward_pre_hook(reduction.note_labels, with_kwargs=True)
+    merger.register_forward_pre_hook(reduction.begin, with_kwargs=True)
+    merger.register_forward_hook(reduction.end, always_call=True)
+    decoder.register_forward_pre_hook(reduction.shorten, with_kwargs=True)
+    decoder.register_forward_hook(reduction.spread)
+
+
+def remove(model: nn.Module) -> None:
+    """Take the reduction off `model`; nothing happens where there is none."""
+    reduction = installed(model)
+    for module in list(model.modules()):
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [k for k, hook in hooks.items() if _owner(hook) is reduction is not None]:
+                del hooks[key]
+        if module._modules.get(SLOT) is reduction is not None:
+            del module._modules[SLOT]
+
+
+def obstacle(model: nn.Module, decoder_path: str) -> str:
+    """Why `model` cannot carry a reduction; the empty string where it can."""
+    from transformers import GenerationMixin
+
+    if installed(model):
+        return "its visual tokens are reduced already"
+    if isinstance(model, GenerationMixin) and type(model).generate is not GenerationMixin.generate:
+        return f"the generate() of {type(model).__name__} is its own and hides which of the decoder's tokens are visual"
+    decoder = model.get_submodule(decoder_path)
+    lacks = [
+        n for n in ("inputs_embeds", "attention_mask", "position_ids") if n not in _parameters(type(decoder).forward)
+    ]
+    if lacks:
+        return f"its {type(decoder).__name__} takes no {', '.join(lacks)}, so kept tokens cannot keep their positions"
+    strange = {"chunked_attention", "linear_attention"} & set(_layer_types(decoder))
+    if strange:
+        return f"its decoder has layers of {', '.join(sorted(strange))}"
+    if _merger(model, decoder_path) is None:
+        return "no module above the decoder takes both input_ids and pixel_values"
+    return ""
+
+
+@dataclass
+class Call:
+    """One forward call, as seen before images and text are merged. Shapes: q new tokens, [batch, q]."""
+
+    visual: Tensor
+    real: Tensor
+    prompt: Tensor
+    positions: Tensor
+
+
+@dataclass
+class Cut:
+    """Which of q tokens the decoder sees: `index` [batch, q'] ascending, False in `valid` where it only fills up."""
+
+    index: Tensor
+    valid: Tensor
+    length: int
+    cache: Any
+    past: Shortened
+
+
+class Reduction(nn.Module):
+    """Runs a decoder on fewer visual tokens. No parameters, no buffers; `install` puts it on a model.
+
+    Args:
+        choose: `choose(features [n, T, D], k, relevance [n, T] or None) -> [n, k]`, positions within the image.
+        keep: fraction of each image's tokens that stay.
+        image_token_id: the id that stands for a visual token in `input_ids`.
+        label: whose work this is (a pass name and its settings), for promises.
+        prompt: whether `choose` is given `relevance`, the mean cosine of each visual token with the embeddings of its
+            row's text (without the answer, where labels are passed to the model).
+    """
+
+    def __init__(
+        self, choose: Choose, keep: float, image_token_id: int, label: Mapping[str, Any], prompt: bool = False
+    ) -> None:
+        super().__init__()
+        self.choose, self.keep, self.image_token_id = choose, keep, image_token_id
+        self.label, self.prompt, self.window, self.causal = dict(label), prompt, 0, True
+        self.labels: Tensor | None = None
+        self.call: Call | None = None
+        self.cut: Cut | None = None
+        self.last: tuple[Tensor, Tensor] | None = None
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{k}={v}" for k, v in self.label.items())
+
+    def reduce_mask(self, mask: Tensor) -> Tensor:
+        """A mask over the full sequence [batch, S] as the decoder saw the last prefill: [batch, S'].
+
+        Filled-up places are False (or 0). The mask itself where nothing was taken out.
+        """
+        if self.last is None:
+            return mask
+        index, valid = (t.to(mask.device) for t in self.last)
+        return mask.gather(1, index).masked_fill(~valid, 0)
+
+    def attached_to(self, model: nn.Module, decoder_path: str) -> bool:
+        """Whether this reduction still acts on the decoder of `model`: all its hooks are in place."""
+        decoder, merger = model.get_submodule(decoder_path), _merger(model, decoder_path)
+        if merger is None:
+            return False
+        places = (merger._forward_pre_hooks, decoder._forward_pre_hooks, decoder._forward_hooks)
+        return all(any(_owner(hook) is self for hook in hooks.values()) for hooks in places)
+
+    # -- the hooks -----------------------------------------------------------------------------------------------------
+
+    def note_labels(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.labels = _named(module, args, kwargs).get("labels")
+
+    def begin(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Note which tokens of this call are visual; tell the outer code how long the cache really is."""
+        values = _named(module, args, kwargs)
+        ids, cache, mask = values.get("input_ids"), values.get("past_key_values"), values.get("attention_mask")
+        if ids is None:
+            if values["inputs_embeds"].shape[1] > 1:
+                raise UsageError(
+                    "a model with reduced visual tokens needs input_ids",
+                    where=type(module).__name__,
+                    found="inputs_embeds alone, in which visual tokens cannot be told from text",
+                    change="pass input_ids and pixel_values",
+                )
+            ids = torch.full(values["inputs_embeds"].shape[:2], self.image_token_id - 1)
+            ids = ids.to(values["inputs_embeds"].device)
+        rows, new = ids.shape
+        past = cache.get_seq_length() if cache is not None else 0
+        full = mask if isinstance(mask, Tensor) and mask.ndim == 2 else ids.new_ones(rows, past + new)
+        if full.shape[1] != past + new:
+            raise UsageError(
+                "the attention mask does not cover the sequence",
+                where=type(module).__name__,
+                found=f"{full.shape[1]} tokens; {past} in the cache and {new} new ones",
+            )
+        positions = (full.long().cumsum(-1) - 1).clamp_min(0)[:, past:]
+        visual, real = ids == self.image_token_id, full[:, past:].bool()
+        prompt = real & ~visual
+        if self.labels is not None and self.labels.shape == ids.shape:
+            prompt &= self.labels == -100
+        self.call, self.labels = Call(visual, real, prompt, positions), None
+        state = state_of(cache)
+        if state is not None:
+            if mask is not None and full is not mask:
+                raise UsageError(
+                    "a reduced cache needs a two-dimensional attention mask",
+                    where=type(module).__name__,
+                    change="generate with the default dynamic cache",
+                )
+            values["attention_mask"] = state.shorten_mask(full)
+            types = values.get("token_type_ids")
+            if isinstance(types, Tensor) and types.shape == full.shape and past:
+                values["token_type_ids"] = state.shorten_mask(types)
+        return (), values
+
+    def end(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self.call = None
+
+    def shorten(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Take the tokens that were not chosen out of everything that the decoder is given."""
+        call, self.call, self.cut = self.call, None, None
+        values = _named(module, args, kwargs)
+        embeds, cache = values.get("inputs_embeds"), values.get("past_key_values")
+        if call is None or embeds is None:
+            return None
+        if embeds.shape[:2] != call.visual.shape:
+            raise ModelError(
+                "the model changes the length of the sequence between input_ids and the decoder",
+                where=type(module).__name__,
+                found=f"{tuple(call.visual.shape)} ids, {tuple(embeds.shape[:2])} embeddings",
+            )
+        rows, new = call.visual.shape
+        if new > 1:
+            self.last = None
+        state = state_of(cache)
+        kept = self._kept(call, embeds) if new > 1 else None
+        if kept is None and state is None:
+            return None
+        past = state or Shortened.whole(rows, cache.get_seq_length() if cache is not None else 0, embeds.device)
+        positions = values.get("position_ids")
+        positions = call.positions if positions is None else positions
+        positions = positions.expand(*positions.shape[:-2], rows, new)
+        mask = values.get("attention_mask")
+        if kept is None:
+            past = past.grown(cache)
+            index = torch.arange(new, device=embeds.device).expand(rows, new)
+        else:
+            if cache is not None and cache.is_compileable:
+                raise UsageError("a static cache cannot hold fewer visual tokens", change="use a dynamic cache")
+            past = past.grown(cache) if cache is not None else past
+            index, valid = order(kept)
+            self.cut, self.last = Cut(index, valid, new, cache, past), (index, valid)
+            for name, value in list(values.items()):
+                if name in ("attention_mask", "position_ids", "past_key_values"):
+                    continue
+                if isinstance(value, Tensor) and value.ndim > 1 and value.shape[:2] == (rows, new):
+                    values[name] = gather(value, index)
+            visual = values.get(VISUAL_MASK)
+            if visual is not None:
+                values[VISUAL_MASK] = visual & valid
+                stay = kept[kwargs[VISUAL_MASK]]
+                values[VISUAL_FEATURES] = [f[stay] for f in values[VISUAL_FEATURES] or ()]
+            positions = positions.gather(-1, index.expand(positions.shape[:-1] + index.shape[-1:]))
+            mask = shorten_mask(mask, call.real, index, valid, past, self.causal)
+        values["position_ids"] = positions
+        values["attention_mask"] = self._windowed(module, mask, past, index, values) if self.window else mask
+        return (), values
+
+    def spread(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        """Scatter the hidden states back to full length; tell the cache what it holds."""
+        cut, self.cut = self.cut, None
+        if cut is None:
+            return None
+
+        def full(value: Any) -> Any:
+            if isinstance(value, (tuple, list)):
+                return type(value)(full(v) for v in value)
+            if not isinstance(value, Tensor) or value.ndim != 3 or value.shape[:2] != cut.index.shape:
+                return value
+            index = cut.index[..., None].expand_as(value)
+            blank = value.new_zeros(value.shape[0], cut.length, value.shape[2])
+            return blank.scatter(1, index, value.masked_fill(~cut.valid[..., None], 0))
+
+        cache = cut.cache
+        if isinstance(output, MutableMapping):
+            cache = output.get("past_key_values", cache)
+            for name in list(output):
+                if name != "past_key_values":
+                    output[name] = full(output[name])
+        else:
+            output = full(output)
+        if cache is not None:
+            shortened(cache, cut.past.extended(cut.index, cut.valid, cut.length))
+        return output
+
+    # -- private -------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _kept(self, call: Call, embeds: Tensor) -> Tensor | None:
+        """Tokens that stay, [batch, q]; None where all do."""
+        visual = call.visual
+        before = torch.nn.functional.pad(visual, (1, 0))[:, :-1]
+        run = (visual & ~before).flatten().long().cumsum(0) - 1
+        flat = visual.flatten()
+        counts = torch.bincount(run[flat])
+        lengths = [t for t in counts.unique().tolist() if kept_count(t, self.keep) < t]
+        if not lengths:
+            return None
+        kept = ~flat
+        sizes = torch.where(flat, counts[run.clamp_min(0)], 0)
+        features = embeds.detach().flatten(0, 1)
+        text = self._text(call, embeds) if self.prompt else None
+        kept |= ~torch.isin(sizes, torch.tensor(lengths, device=sizes.device))
+        for tokens in lengths:
+            places = (sizes == tokens).nonzero().view(-1, tokens)
+            mine = features[places]
+            relevance = None
+            if text is not None:
+                row = places[:, 0] // visual.shape[1]
+                unit = torch.nn.functional.normalize(mine.float(), dim=-1)
+                relevance = (unit @ text[row, :, None]).squeeze(-1)
+            chosen = self.choose(mine, kept_count(tokens, self.keep), relevance)
+            kept[places.gather(1, chosen).flatten()] = True
+        return kept.view_as(visual)
+
+    @staticmethod
+    def _text(call: Call, embeds: Tensor) -> Tensor:
+        """Mean of the unit embeddings of each row's prompt, [batch, D]; zeros for a row without text."""
+        unit = torch.nn.functional.normalize(embeds.detach().float(), dim=-1) * call.prompt[..., None]
+        return unit.sum(1) / call.prompt.sum(1, keepdim=True).clamp_min(1)
+
+    def _windowed(self, module: Any, mask: Any, past: Shortened, index: Tensor, values: Mapping[str, Any]) -> Any:
+        """`mask` with sliding windows that count original distances, as if no token had been taken out."""
+        window = self.window
+        asking = past.span + index  # [batch, q'], original places
+        held = torch.cat([past.slots, asking], dim=1)
+        if int(held.max()) < window:
+            return mask
+        if mask is None or (isinstance(mask, Tensor) and mask.ndim == 2):
+            from transformers.masking_utils import create_masks_for_generate
+
+            mask = create_masks_for_generate(
+                config=module.config,
+                inputs_embeds=values["inputs_embeds"],
+                attention_mask=held.new_ones(held.shape) if mask is None else mask,
+                past_key_values=values.get("past_key_values"),
+                position_ids=None,
+            )
+        if isinstance(mask, dict):
+            name = "sliding_attention"
+            return {**mask, name: mask_far(mask.get(name), asking, held, window)} if name in mask else mask
+        return mask_far(mask, asking, held, window)
+
+
+def _merger(model: nn.Module, decoder_path: str) -> nn.Module | None:
+    """The innermost module above the decoder that is given ids and pixels; None where there is none."""
+    parts = decoder_path.split(".")
+    for depth in range(len(parts) - 1, -1, -1):
+        module = model.get_submodule(".".join(parts[:depth]))
+        if {"input_ids", "pixel_values"} <= set(_parameters(type(module).forward)):
+            return module
+    return None
+
+
+@functools.cache
+def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """Names of the arguments of a method, without self."""
+    return tuple(inspect.signature(forward).parameters)[1:]
+
+
+def _named(module: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
+    """The arguments of a call by name."""
+    return dict(zip(_parameters(type(module).forward), args)) | kwargs
+
+
+def _owner(hook: Any) -> Any:
+    return hook.__self__ if isinstance(hook, MethodType) else None
+
+
+def _setting(decoder: Any, name: str) -> Any:
+    return decoder.config.to_dict().get(name)
+
+
+def _layer_types(decoder: Any) -> list[str]:
+    return list(_setting(decoder, "layer_types") or ())
+
+
+def _window(decoder: Any) -> int:
+    """The sliding window of those decoder layers that have one; 0 where none has."""
+    kinds = _layer_types(decoder)
+    if kinds and "sliding_attention" not in kinds:
+        return 0
+    return _setting(decoder, "sliding_window") or 0

@@ -1,0 +1,1 @@
+"""Passes that train the small model to answer like the original."""

@@ -1,0 +1,127 @@
+"""How much a channel or a head matters: pure maths, tensors in, tensors out. Larger is more important."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class AbsMean:
+    """Weighted mean of ``|x|`` by channel: Minitron's importance of MLP channels (arXiv 2407.14679).
+
+    Attributes:
+        mean: [channels], float64.
+    """
+
+    def __init__(self) -> None:
+        self.mean = torch.zeros(0, dtype=torch.float64)
+        self.weight = 0.0
+
+    def update(self, x: Tensor, weights: Tensor) -> None:
+        """Add the inputs `x` [tokens, channels] with `weights` [tokens]."""
+        if self.mean.numel() == 0:
+            self.mean = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
+        total = float(weights.sum(dtype=torch.float64))
+        if total == 0:
+            return
+        self.weight += total
+        self.mean += (weights.double() @ x.detach().abs().double() - total * self.mean) / self.weight
+
+
+class HeadNorm:
+    """Weighted mean over tokens of each head's L2 output norm: Minitron's importance of heads (arXiv 2407.14679).
+
+    Args:
+        width: channels of a head.
+
+    Attributes:
+        mean: [heads], float64.
+    """
+
+    def __init__(self, width: int) -> None:
+        self.width, self._norms = width, AbsMean()
+
+    @property
+    def mean(self) -> Tensor:
+        return self._norms.mean
+
+    def update(self, x: Tensor, weights: Tensor) -> None:
+        """Add the inputs `x` [tokens, heads * width] of the output projection with `weights` [tokens]."""
+        self._norms.update(x.detach().reshape(len(x), -1, self.width).norm(dim=-1), weights)
+
+
+def magnitude(slices: Sequence[tuple[Tensor, int]], units: int) -> Tensor:
+    """L2 norm of all weights of each group (torch-pruning's GroupMagnitudeImportance, arXiv 2301.12900).
+
+    Args:
+        slices: (weight, dim): dimension `dim` of the weight is cut into `units` equal runs.
+
+    Returns:
+        [units], float64.
+    """
+    total = torch.zeros(units, dtype=torch.float64)
+    for weight, dim in slices:
+        energy = weight.detach().double().square().sum(1 - dim).cpu()
+        total += energy.reshape(units, -1).sum(1)
+    return total.sqrt()
+
+
+def taylor(weight: Tensor, gradients: Sequence[Tensor], units: int) -> Tensor:
+    """First-order change of the loss when a group is removed (LLM-Pruner, arXiv 2305.11627), mean over batches.
+
+    ``|sum_{i, j in group} W_ij G_ij|`` on the linear that reads the group's channels equals the loss's derivative along
+    the group's output, all of whose effect passes through these columns.
+
+    Args:
+        weight: [out, in]. gradients: of the loss, one a batch, like `weight`.
+
+    Returns:
+        [units], float64; unit u owns the u-th run of `in / units` columns.
+    """
+    scores = torch.zeros(units, dtype=torch.float64)
+    for gradient in gradients:
+        scores += (weight.detach() * gradient).double().sum(0).cpu().reshape(units, -1).sum(1).abs()
+    return scores / max(1, len(gradients))
+
+
+def best(scores: Tensor, count: int) -> list[int]:
+    """Indices of the `count` largest scores, ascending; of equal ones the first."""
+    order = torch.sort(scores, descending=True, stable=True).indices[:count]
+    return sorted(order.tolist())
+
+
+def best_heads(scores: Tensor, n_kv: int, keep_heads: int, keep_kv: int) -> list[int]:
+    """Query heads that stay, ascending.
+
+    Whole key-value groups go where fewer of them stay (by the sum of their heads' scores); where all groups stay, each
+    loses its least important query heads, the same number in each.
+
+    Args:
+        scores: [query heads].
+    """
+    by_group = scores.reshape(n_kv, -1)
+    share = by_group.shape[1]
+    groups = best(by_group.sum(1), keep_kv)
+    after = keep_heads // keep_kv
+    return [group * share + head for group in groups for head in best(by_group[group], after)]
+
+
+def narrower(size: int, ratio: float, multiple: int = 1) -> int:
+    """`size` less the share `ratio`, to the nearest positive multiple; of two equally near the smaller."""
+    steps = size * (1 - ratio) / multiple
+    return max(1, -int(-(steps - 0.5) // 1)) * multiple
+
+
+def fewer_heads(n_heads: int, n_kv: int, ratio: float) -> list[tuple[int, int]]:
+    """(query heads, key-value heads) that may stay, the nearest to `ratio` first; none that is further off than all.
+
+    Whole groups go, or the same number of query heads from each; of equally near ones the fewer, then whole groups.
+    """
+    share, wanted = n_heads // n_kv, n_heads * (1 - ratio)
+    options = {(groups * share, groups) for groups in range(1, n_kv)} | {
+        (n_kv * each, n_kv) for each in range(1, share)
+    }
+    near = [option for option in options if abs(option[0] - wanted) <= n_heads - wanted + 1e-9]
+    return sorted(near, key=lambda option: (round(abs(option[0] - wanted), 9), option))

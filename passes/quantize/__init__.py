@@ -1,0 +1,1 @@
+"""Quantization: weights onto grids of a few bits, saved packed."""

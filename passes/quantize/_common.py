@@ -1,0 +1,91 @@
+"""What the quantizing passes share: what they refuse, what they promise, how their ladder goes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING, TypeVar
+
+from ...compress.base import Pass
+from ...compress.errors import PromiseBroken, Unmet
+
+if TYPE_CHECKING:
+    import torch
+
+    from ...compress.anatomy import LinearRef, ModelView
+    from ...compress.runtime.grid import Grid
+
+P = TypeVar("P", bound=Pass)
+LADDER = {2: 3, 3: 4, 4: 8}
+
+
+def milder(step: P) -> P | None:
+    """The ladder: the same pass with the next more bits (8 bits are symmetric)."""
+    bits = LADDER.get(step.settings()["bits"])
+    if bits is None:
+        return None
+    return replace(step, bits=bits, symmetric=True) if bits == 8 else replace(step, bits=bits)
+
+
+def check_settings(bits: int, group: int, symmetric: bool) -> None:
+    """Raise ValueError for settings that no model could take."""
+    if bits == 8 and not symmetric:
+        raise ValueError(
+            "8 bits are symmetric: 256 steps in one direction are finer than bfloat16, so integers would be lost"
+        )
+    if bits not in (2, 3, 4, 8):
+        raise ValueError(f"bits is 2, 3, 4 or 8, not {bits}")
+    if group != -1 and group < 1:
+        raise ValueError(f"group is a number of input channels, or -1 for one scale a row, not {group}")
+
+
+def check_linears(step: Pass, model: ModelView, refs: Iterable[LinearRef], group: int) -> None:
+    """Raise Unmet where a linear is quantized already, is tied, or has a width that `group` does not divide."""
+    for ref in refs:
+        width = ref.module.in_features
+        if ref.path in model.grids:
+            raise Unmet(
+                f"{step.name}: a linear is quantized already",
+                where=ref.path,
+                found=f"{model.grids[ref.path].bits} bits",
+                change="name other parts in 'where', or leave out one of the two passes",
+            )
+        if group != -1 and width % group:
+            fits = [g for g in (16, 32, 64, 96, 128, 192, 256) if width % g == 0]
+            raise Unmet(
+                f"{step.name}: group {group} does not divide a linear's inputs",
+                where=ref.path,
+                found=f"{width} inputs",
+                change=f"group: {', '.join(map(str, [*fits, -1]))} (-1 is one scale a row)",
+            )
+        if ref.unit.part == "head" and model.tied_embeddings:
+            raise Unmet(
+                f"{step.name}: the head shares its weight with the embedding",
+                where=ref.path,
+                change="leave 'head' out of 'where'",
+            )
+
+
+def place(model: ModelView, ref: LinearRef, weight: torch.Tensor, grid: Grid) -> None:
+    """Put the rounded weight into the model, and its grid into the books."""
+    ref.module.weight.data.copy_(weight)
+    model.grids[ref.path] = grid
+
+
+def check_grids(step: Pass, model: ModelView, paths: Iterable[str], bits: int, group: int) -> None:
+    """The promise: every linear in `paths` still lies on a grid of these bits and groups."""
+    from ...compress.runtime.grid import off_grid
+
+    for path in paths:
+        grid = model.grids.get(path)
+        if grid is None or (grid.bits, grid.group) != (bits, group):
+            found = "no grid" if grid is None else f"{grid.bits} bits, group {grid.group}"
+            raise PromiseBroken(f"{step.name} promised {bits} bits, group {group}", where=path, found=found)
+        share = off_grid(model.linear(path).module.weight, grid)
+        if share > 0:
+            raise PromiseBroken(
+                f"{step.name} promised weights on a {bits}-bit grid",
+                where=path,
+                found=f"{100 * share:.1f} % of the weights are off it",
+                change="quantize last",
+            )

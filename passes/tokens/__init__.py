@@ -1,0 +1,1 @@
+"""Passes that give the language model fewer visual tokens."""

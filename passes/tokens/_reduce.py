@@ -1,0 +1,106 @@
+"""What all passes share that choose among the visual tokens before the language model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Self
+
+from ...compress.base import Context, Json, Notes, Pass
+from ...compress.errors import PromiseBroken, Unmet
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ...compress.anatomy import ModelView
+
+LADDER = (0.125, 0.25, 0.5, 0.75)
+
+
+@dataclass(frozen=True)
+class Reduce(Pass):
+    """Keep a fraction of each image's tokens; compress/runtime/reduce.py does it, `choose` says which.
+
+    Settings:
+        keep: fraction of each image's visual tokens that stay, in (0, 1]; rounded, at least one token an image.
+    """
+
+    keep: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 < self.keep <= 1:
+            raise ValueError(f"keep is a fraction in (0, 1], not {self.keep}")
+
+    def choose(self, features: Tensor, k: int, relevance: Tensor | None) -> Tensor:
+        """Positions [images, k] of the tokens that stay, ascending, of `features` [images, T, D]."""
+        raise TypeError(f"{type(self).__name__} does not define choose")
+
+    def wants_relevance(self) -> bool:
+        """Whether `choose` is to be given the tokens' relevance to the prompt."""
+        return False
+
+    def requires(self, model: ModelView, ctx: Context) -> None:
+        from ...compress.runtime.reduce import obstacle
+
+        if model.image_token_id is None:
+            reason = "its language model sees the image through cross-attention, not as tokens of its sequence"
+        else:
+            reason = obstacle(model.model, model.decoder_path)
+        if reason:
+            raise Unmet(
+                f"{self.name} cannot reduce the visual tokens of this model",
+                where=f"family {model.family.name}",
+                found=reason,
+                change="leave the pass out for this model",
+            )
+
+    def apply(self, model: ModelView, ctx: Context) -> Notes:
+        from ...compress.runtime.reduce import kept_count
+
+        counts = sorted({tokens for batch in ctx.fit for tokens in _image_sizes(model, batch)})
+        kept = {kept_count(tokens, self.keep) for tokens in counts}
+        record: dict[str, Json] = {"keep": self.keep, "kept_per_image": kept.pop() if len(kept) == 1 else None}
+        self.rebuild(model, record)
+        return Notes(
+            numbers={"tokens_per_image": counts, "kept_per_image": [kept_count(t, self.keep) for t in counts]},
+            record=record,
+        )
+
+    def rebuild(self, model: ModelView, record: Mapping[str, Json]) -> None:
+        from ...compress.runtime.reduce import Reduction, install
+
+        if model.image_token_id is None:
+            raise Unmet(f"{self.name}: this model has no image token", where=f"family {model.family.name}")
+        reduction = Reduction(self.choose, self.keep, model.image_token_id, self._label(), self.wants_relevance())
+        install(model.model, model.decoder_path, reduction)
+
+    def ensures(self, model: ModelView) -> None:
+        from ...compress.runtime.reduce import installed
+
+        reduction = installed(model.model)
+        if reduction is None:
+            found = "no reduction on the model"
+        elif reduction.label != self._label():
+            found = f"another one: {reduction.label}"
+        elif not reduction.attached_to(model.model, model.decoder_path):
+            found = "its hooks on the decoder are gone"
+        else:
+            return
+        raise PromiseBroken(
+            f"{self.name} promised that the language model sees {self.keep:.1%} of the visual tokens", found=found
+        )
+
+    def weaker(self) -> Self | None:
+        higher = [keep for keep in LADDER if keep > self.keep]
+        return replace(self, keep=higher[0]) if higher else None
+
+    def _label(self) -> dict[str, Json]:
+        return {"pass": self.name, **self.settings()}
+
+
+def _image_sizes(model: ModelView, batch: Mapping[str, Tensor]) -> set[int]:
+    """Lengths of the runs of image tokens in a batch."""
+    from itertools import groupby
+
+    rows = batch["input_ids"].tolist()
+    return {len(list(run)) for row in rows for token, run in groupby(row) if token == model.image_token_id}

@@ -1,0 +1,84 @@
+"""Losses against loops; LoRA against its merged weight."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from svlm.passes.distill._lora import adapted, merge
+from svlm.passes.distill._losses import answer_positions, forward_kl
+from svlm.passes.distill._train import epochs, held_out, rate, split
+from tests.oracles.distill import masked_forward_kl
+
+
+@pytest.mark.parametrize("shifted", [True, False])
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_masked_kl_equals_the_loop(shifted: bool, temperature: float) -> None:
+    student, teacher = torch.randn(3, 7, 11) * 3, torch.randn(3, 7, 11) * 3
+    labels = torch.randint(0, 11, (3, 7))
+    labels[0, :4] = -100
+    labels[1, 2] = -100
+    labels[2, 5:] = -100
+    where = answer_positions(labels, shifted=shifted)
+    found = forward_kl(student[where], teacher[where], temperature)
+    assert float(found) == pytest.approx(masked_forward_kl(student, teacher, labels, temperature, shifted), rel=1e-5)
+    assert float(forward_kl(teacher[where], teacher[where], temperature)) == pytest.approx(0, abs=1e-6)
+
+
+def test_kl_is_computed_in_fp32_and_its_gradient_is_the_difference_of_probabilities() -> None:
+    student = torch.randn(4, 9, dtype=torch.bfloat16).requires_grad_(True)
+    teacher = torch.randn(4, 9, dtype=torch.bfloat16)
+    loss = forward_kl(student, teacher)
+    assert loss.dtype == torch.float32
+    loss.backward()
+    wanted = (student.float().softmax(-1) - teacher.float().softmax(-1)) / 4
+    assert student.grad is not None
+    torch.testing.assert_close(student.grad.float(), wanted, rtol=2e-2, atol=2e-3)
+
+
+def test_lora_starts_as_nothing_and_merges_to_what_it_computed() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 5, bias=False))
+    linears = [m for m in model if isinstance(m, nn.Linear)]
+    x = torch.randn(4, 6)
+    plain, weights = model(x), [m.weight.clone() for m in linears]
+    with adapted(linears, 2, torch.Generator().manual_seed(0)) as adapters:
+        torch.testing.assert_close(model(x), plain)
+        for adapter in adapters:
+            nn.init.normal_(adapter.up)
+        beside = model(x)
+        assert not torch.allclose(beside, plain, atol=1e-2)
+        assert all(torch.equal(m.weight, w) for m, w in zip(linears, weights))
+        merge(adapters)
+    assert not any("forward" in vars(m) for m in linears)
+    torch.testing.assert_close(model(x), beside)
+    for linear, before in zip(linears, weights):
+        assert int(torch.linalg.matrix_rank(linear.weight - before, rtol=1e-4)) == 2
+
+
+def test_rate_rises_then_falls_to_nothing() -> None:
+    rates = [rate(step, 20, 0.2) for step in range(20)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0] and rates[4] == 1.0
+    assert all(a > b for a, b in zip(rates[4:], rates[5:])) and rates[-1] < 0.02
+    assert rate(0, 10, 0.0) == 1.0
+
+
+def test_held_out_batches_are_never_trained_on() -> None:
+    batches = [{"labels": torch.tensor([[i]])} for i in range(23)]
+    learn, check = held_out(batches)
+    assert len(check) == 2 and len(learn) == 21
+    assert not {id(b) for b in learn} & {id(b) for b in check}
+    assert held_out(batches[:1]) == (batches[:1], batches[:1])
+    seen = epochs(learn, seed=3)
+    first, second = [next(seen) for _ in learn], [next(seen) for _ in learn]
+    assert {id(b) for b in first} == {id(b) for b in second} == {id(b) for b in learn}
+    assert [id(b) for b in first] != [id(b) for b in second]
+
+
+def test_batches_are_split_by_sample_or_left_whole() -> None:
+    batch = {"labels": torch.arange(5)[:, None], "pixel_values": torch.arange(5)[:, None] * 2}
+    parts = split(batch, 2)
+    assert [len(p["labels"]) for p in parts] == [2, 2, 1]
+    assert torch.equal(torch.cat([p["pixel_values"] for p in parts]), batch["pixel_values"])
+    patches = {"labels": torch.zeros(5, 3), "pixel_values": torch.zeros(80, 7)}
+    assert split(patches, 2) == [patches]
