@@ -1,4 +1,4 @@
-"""Kill a three-pass run at random instants, resume it, compare the final weights with an undisturbed run's, bit for bit.
+"""Kill a three-pass run at random instants, resume it, and compare the final weights with an undisturbed run's.
 
     python benchmarks/kill_resume.py --kills 20 --seed 0 --json benchmarks/kill_resume.json
 

@@ -84,7 +84,7 @@ class ModelView:
         self.source = source
         self.ledger = Ledger()
         self.grids: dict[str, Grid] = {}
-        self.storage_dtype: torch.dtype = self.model.dtype
+        self.storage_dtype: torch.dtype = next(model.parameters()).dtype
         self.refresh()
 
     def refresh(self) -> None:

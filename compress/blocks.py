@@ -86,12 +86,16 @@ def _step(norm: str | None = None, /, **linears: str) -> Step:
     return Step(tuple((role.replace("_", ".", 1), path) for role, path in linears.items()), norm)
 
 
-def _attention(norm: str | None, module: str, out: str, *, q="q_proj", k="k_proj", v="v_proj") -> tuple[Step, ...]:
+def _attention(
+    norm: str | None, module: str, out: str, *, q: str = "q_proj", k: str = "k_proj", v: str = "v_proj"
+) -> tuple[Step, ...]:
     inputs = _step(norm, attn_q=f"{module}.{q}", attn_k=f"{module}.{k}", attn_v=f"{module}.{v}")
     return inputs, _step(attn_o=f"{module}.{out}")
 
 
-def _cross(module: str, out: str, *, q="q_proj", k="k_proj", v="v_proj", norm=None) -> tuple[Step, ...]:
+def _cross(
+    module: str, out: str, *, q: str = "q_proj", k: str = "k_proj", v: str = "v_proj", norm: str | None = None
+) -> tuple[Step, ...]:
     return (
         _step(norm, cross_q=f"{module}.{q}"),
         _step(cross_k=f"{module}.{k}", cross_v=f"{module}.{v}"),
@@ -107,7 +111,9 @@ def _mlp(norm: str | None, up: str, down: str) -> tuple[Step, ...]:
     return _step(norm, mlp_up=up), _step(mlp_down=down)
 
 
-def _gated(norm: str | None, gate: str = "mlp.gate_proj", up: str = "mlp.up_proj", down: str = "mlp.down_proj"):
+def _gated(
+    norm: str | None, gate: str = "mlp.gate_proj", up: str = "mlp.up_proj", down: str = "mlp.down_proj"
+) -> tuple[Step, ...]:
     return _step(norm, mlp_gate=gate, mlp_up=up), _step(mlp_down=down)
 
 

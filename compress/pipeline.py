@@ -39,7 +39,8 @@ SAME_LOGITS = 1e-4  # relative: the weights are the same bits, the order of summ
 class Bench(Protocol):
     """Data and measurement, bound to one original model; calib/workbench.py is the one that ships."""
 
-    info: dict[str, Json]  # report.json's `data`
+    @property
+    def info(self) -> dict[str, Json]: ...  # report.json's `data`
 
     def context(self, view: ModelView, *, seed: int, scratch: Path | None, progress: Progress) -> Context: ...
 
@@ -243,7 +244,7 @@ def apply_pass(step: Pass, view: ModelView, ctx: Context, *, where: str = "") ->
 
 def ask_promises(view: ModelView, find: Finder) -> tuple[list[str], str | None]:
     """Ask every pass in the ledger whether its promise still holds: the names that kept it, and the first breach."""
-    kept = []
+    kept: list[str] = []
     for entry in view.ledger:
         try:
             find(entry.name).from_settings(entry.settings).ensures(view)

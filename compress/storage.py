@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -139,7 +139,7 @@ def load_model(
     find: Finder | None = None,
     dtype: torch.dtype = torch.float32,
     trust_remote_code: bool = False,
-    rows: Iterable[Family] = (),
+    rows: Sequence[Family] = (),
 ) -> ModelView:
     """Load an original model, or one that svlm saved, and find its anatomy.
 
@@ -215,7 +215,7 @@ def _processor(path: str, trust_remote_code: bool) -> Any:
 
 
 def _load_saved(
-    path: Path, find: Finder | None, dtype: torch.dtype, trust_remote_code: bool, rows: Iterable[Family]
+    path: Path, find: Finder | None, dtype: torch.dtype, trust_remote_code: bool, rows: Sequence[Family]
 ) -> ModelView:
     from safetensors import SafetensorError
     from safetensors.torch import load_file

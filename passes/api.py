@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ def load_view(
     spec: str | Path,
     *,
     dtype: torch.dtype = torch.float32,
-    rows: Iterable[Family] = (),
+    rows: Sequence[Family] = (),
     trust_remote_code: bool = False,
 ) -> ModelView:
     """A model with its anatomy: `demo`, a folder (an original's or one that svlm saved), or a hub id."""
@@ -158,7 +158,7 @@ def verify(
     fit: int | None = None,
     check: int | None = None,
     seed: int | None = None,
-    rows: Iterable[Family] = (),
+    rows: Sequence[Family] = (),
 ) -> dict[str, Json]:
     """The paired comparison of a saved model with its original, from disk, on the check split that the run used.
 

@@ -169,21 +169,21 @@ def test_an_interrupted_run_resumes_to_the_same_bits(data, tmp_path, monkeypatch
         {"quantize.gptq": {"bits": 4, "group": 64, "where": ["language"]}, "gate": None},
     ]
     run(recipe(*steps), data, tmp_path / "calm")
-    from svlm.calib import walk
+    from svlm.calib import scratch
 
     finished = []
-    original = walk.Walk._keep
+    original = scratch.Scratch.save
 
-    def stop_after_two(self, unit):
-        original(self, unit)
+    def stop_after_two(self, unit, notes):
+        original(self, unit, notes)
         finished.append(unit.name)
         if len(finished) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(walk.Walk, "_keep", stop_after_two)
+    monkeypatch.setattr(scratch.Scratch, "save", stop_after_two)
     with pytest.raises(KeyboardInterrupt):
         run(recipe(*steps), data, tmp_path / "out", rehearse=False)
-    monkeypatch.setattr(walk.Walk, "_keep", original)
+    monkeypatch.setattr(scratch.Scratch, "save", original)
     with pytest.raises(OutputError, match="--resume"):
         run(recipe(*steps), data, tmp_path / "out")
     report = run(recipe(*steps), data, tmp_path / "out", resume=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 from ...compress.base import Pass
@@ -24,7 +23,7 @@ def milder(step: P) -> P | None:
     bits = LADDER.get(step.settings()["bits"])
     if bits is None:
         return None
-    return replace(step, bits=bits, symmetric=True) if bits == 8 else replace(step, bits=bits)
+    return type(step).from_settings(step.settings() | {"bits": bits} | ({"symmetric": True} if bits == 8 else {}))
 
 
 def check_settings(bits: int, group: int, symmetric: bool) -> None:

@@ -14,7 +14,7 @@ def softmax(logits: list[float], temperature: float) -> list[float]:
 
 
 def masked_forward_kl(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, shifted: bool) -> float:
-    """``T^2`` times the mean of KL(teacher || student) where the logits [batch, tokens, words] predict an answer token."""
+    """``T^2`` times the mean KL(teacher || student) over answer tokens; logits [batch, tokens, words]."""
     total, count = 0.0, 0
     for row in range(labels.shape[0]):
         for t in range(labels.shape[1]):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
@@ -59,7 +61,7 @@ def test_lora_starts_as_nothing_and_merges_to_what_it_computed() -> None:
 def test_rate_rises_then_falls_to_nothing() -> None:
     rates = [rate(step, 20, 0.2) for step in range(20)]
     assert rates[:4] == [0.25, 0.5, 0.75, 1.0] and rates[4] == 1.0
-    assert all(a > b for a, b in zip(rates[4:], rates[5:])) and rates[-1] < 0.02
+    assert all(a > b for a, b in pairwise(rates[4:])) and rates[-1] < 0.02
     assert rate(0, 10, 0.0) == 1.0
 
 
