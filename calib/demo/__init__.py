@@ -6,7 +6,7 @@
     easy_vqa_rows(split)         the public easy-VQA set, which the model has learnt, too (needs the package easy-vqa)
 
 `scenes.py` makes the data, `build.py` the model and its processor, `train.py` trains it (`layout.py`, `stream.py`,
-`muon.py` are its parts), `build_atlas.py` drew the pictures. CREDITS.md names those who drew them first.
+`muon.py`, `outliers.py` are its parts), `build_atlas.py` drew the pictures. CREDITS.md names those who drew them first.
 """
 
 from __future__ import annotations

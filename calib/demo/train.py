@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration
 
-from . import build, layout, scenes, stream
+from . import build, layout, outliers, scenes, stream
 from .muon import Muon
 
 
@@ -87,7 +87,7 @@ class Trainer:
         self.options = options
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = build.build_model(options.seed).train()
-        self.model.to(self.device)  # type: ignore[arg-type]
+        self.model.to(self.device)
         self.model.set_attn_implementation("eager")  # faster backward than sdpa on CPUs
         self.heads = Heads(192, len(build.words())).to(self.device)
         self.average = copy.deepcopy(self.model).eval()
@@ -206,7 +206,9 @@ class Trainer:
         fresh, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
         for leftover in (fresh, old):
             shutil.rmtree(leftover, ignore_errors=True)
-        copy.deepcopy(self.average).to("cpu", torch.bfloat16).save_pretrained(fresh)
+        model = copy.deepcopy(self.average).to("cpu")
+        outliers.spread(model, self.options.outliers)
+        model.to(torch.bfloat16).save_pretrained(fresh)
         build.build_processor().save_pretrained(fresh)
         for file in fresh.iterdir():
             file.chmod(0o644)
@@ -231,6 +233,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--questions", type=int, default=8)
     made.add_argument("--easy", type=float, default=0.3, help="share of easy-VQA pictures in a batch")
     made.add_argument("--mix", default="", help="weights of question kinds, as relation=3,exists=2")
+    made.add_argument("--outliers", type=float, default=0.4, help="spread of channel scales, see outliers.py")
     made.add_argument("--optimizer", choices=("muon", "adamw"), default="muon")
     made.add_argument("--lr", type=float, default=1.0, help="factor of all learning rates")
     made.add_argument("--seed", type=int, default=0)

@@ -31,7 +31,7 @@ class Logits(Pass):
 
     Settings:
         steps: optimizer steps.
-        lr: peak learning rate.
+        lr: peak learning rate. About 1e-4 for ``full``; ``lora`` wants ten times as much.
         batch_size: samples a step. Batches whose tensors cannot be split by sample (the patches of all images in one
             tensor) are taken as the fit split gives them.
         train: ``full``: all weights of the selected blocks. ``lora``: a low-rank update of each selected linear, merged

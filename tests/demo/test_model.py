@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from svlm.calib.demo import MODEL, build, layout, rows, scene
+from svlm.calib.demo import MODEL, build, layout, outliers, rows, scene
 
 
 @functools.cache
@@ -47,6 +47,16 @@ def test_training_layout_equals_single_questions() -> None:
                 assert inputs["input_ids"][0, -count:].tolist() == packed.labels[i, row : row + count].tolist()
                 torch.testing.assert_close(together[i, row : row + count], alone, atol=1e-4, rtol=0)
                 row += count
+
+
+def test_outlier_channels_leave_the_function_alone() -> None:
+    model, other = build.build_model(), build.build_model()
+    outliers.spread(other, 0.5)
+    ids = torch.randint(10, 200, (2, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=ids).logits, other(input_ids=ids).logits, atol=1e-4, rtol=1e-4)
+    blocks = model.model.language_model.layers, other.model.language_model.layers
+    assert all((a.mlp.up_proj.weight != b.mlp.up_proj.weight).any() for a, b in zip(*blocks))
 
 
 def test_pixels_equal_the_processor() -> None:

@@ -1,0 +1,1 @@
+"""Metrics as pure functions: answers, divergences of distributions, statistics of pairs."""
