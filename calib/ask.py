@@ -8,7 +8,7 @@ import torch
 
 from ..compress.anatomy import ModelView
 from ..compress.base import evaluating
-from .dataset import ImageSource, Sample
+from .sample import ImageSource, Sample
 from .encode import Encoder
 
 
@@ -21,7 +21,7 @@ def ask(view: ModelView, image: str | Path, question: str, *, max_new_tokens: in
     source = ImageSource(Path(image))
     source.open()
     sample = Sample("ask", str(image), (source,), question, (), {}, None)
-    encoder = Encoder(view.processor)
+    encoder = Encoder(view.processor, seq2seq=view.family.seq2seq)
     inputs = encoder.prompts([sample])
     with evaluating(view.model):
         tokens = view.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)

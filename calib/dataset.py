@@ -76,7 +76,7 @@ class CalibrationSet:
                     found=f"{len(chosen_fit)} questions to fit on and {len(chosen_check)} to check, by picture",
                     change="give questions about at least two different pictures: no picture is in both splits",
                 )
-        _name_apart(chosen_fit + chosen_check)
+        chosen_fit, chosen_check = _named_apart(chosen_fit, chosen_check)
         notes = [source.description]
         if (len(chosen_fit), len(chosen_check)) != (fit, check):
             notes.append(f"Asked for {fit} + {check} questions, found {len(chosen_fit)} + {len(chosen_check)}.")
@@ -137,8 +137,15 @@ class _Draw:
         taken: list[list[Sample]] = [[] for _ in counts]
         spare: list[list[Sample]] = [[] for _ in counts]
         homes: dict[str, tuple[int, str]] = {}  # picture: its split, and the id under which it is known
+        joined: dict[str, str] = {}  # ids of pictures that a later question showed together
         given: Counter[str] = Counter()
         asked: set[str] = set()
+
+        def last(image_id: str) -> str:
+            while image_id in joined:
+                image_id = joined[image_id]
+            return image_id
+
         for group in self.groups:
             open_splits = [i for i, count in enumerate(counts) if len(taken[i]) < count]
             if not open_splits:
@@ -146,13 +153,14 @@ class _Draw:
             wanting = min(open_splits, key=lambda i: len(taken[i]) / counts[i])
             for sample in group:
                 pictures = [image.content for image in sample.images]
-                known = {homes[p] for p in pictures if p in homes}
+                known = {(homes[p][0], last(homes[p][1])) for p in pictures if p in homes}
                 double = " ".join([*pictures, _asked(sample)])
                 if double in asked or self.barred.intersection(pictures) or len({split for split, _ in known}) > 1:
                     self.dropped += 1
                     continue
                 asked.add(double)
                 split, image_id = min(known) if known else (wanting, sample.image_id)
+                joined.update({other: image_id for _, other in known if other != image_id})
                 homes.update(dict.fromkeys(pictures, (split, image_id)))
                 sample = dataclasses.replace(sample, image_id=image_id)
                 if given[image_id] < PER_IMAGE and len(taken[split]) < counts[split]:
@@ -160,7 +168,8 @@ class _Draw:
                     given[image_id] += 1
                 else:
                     spare[split].append(sample)
-        return [(have + more)[:count] for have, more, count in zip(taken, spare, counts)]
+        chosen = [(have + more)[:count] for have, more, count in zip(taken, spare, counts)]
+        return [[dataclasses.replace(s, image_id=last(s.image_id)) for s in split] for split in chosen]
 
 
 def _asked(sample: Sample) -> str:
@@ -168,18 +177,22 @@ def _asked(sample: Sample) -> str:
     return json.dumps([sample.question, sample.messages], sort_keys=True)
 
 
-def _name_apart(samples: list[Sample]) -> None:
-    """Make ids unique, in place: the second 'a' becomes 'a~2'."""
+def _named_apart(*splits: list[Sample]) -> list[list[Sample]]:
+    """The same with unique ids: the second 'a' becomes 'a~2'."""
+    taken = {s.id for split in splits for s in split}
     seen: Counter[str] = Counter()
-    used = {s.id for s in samples}
-    for i, sample in enumerate(samples):
+
+    def named(sample: Sample) -> Sample:
         seen[sample.id] += 1
-        if seen[sample.id] > 1:
-            name = f"{sample.id}~{seen[sample.id]}"
-            while name in used:
-                name += "~"
-            used.add(name)
-            samples[i] = dataclasses.replace(sample, id=name)
+        if seen[sample.id] == 1:
+            return sample
+        name = f"{sample.id}~{seen[sample.id]}"
+        while name in taken:
+            name += "~"
+        taken.add(name)
+        return dataclasses.replace(sample, id=name)
+
+    return [[named(sample) for sample in split] for split in splits]
 
 
 __all__ = ["CalibrationSet", "ImageSource", "Sample", "fingerprint"]

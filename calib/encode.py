@@ -129,6 +129,8 @@ class Encoder:
 
     def _rendered(self, samples: Sequence[Sample], answers: Sequence[str] | None = None) -> list[str]:
         """Prompts ending where the answer begins, or whole conversations with the answer."""
+        if not samples:
+            raise DataError("zero samples to encode")
         if not self.chat:
             w = self.wording
             image = getattr(self.processor, "image_token", "")
@@ -222,8 +224,6 @@ class Encoder:
 
     def _processed(self, samples: Sequence[Sample], texts: Sequence[str], **more: Any) -> dict[str, Tensor]:
         """The processor's tensors for all pictures and texts at once."""
-        if not samples:
-            raise DataError("zero samples to encode")
         pictures = [[image.open() for image in sample.images] for sample in samples]
         if self.wording.image_only:
             batch = self.processor(images=[first for first, *_ in pictures], return_tensors="pt")

@@ -11,28 +11,30 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
+from ..compress import __version__
 from ..compress.anatomy import ModelView
 from ..compress.base import Json, Progress, Silent, evaluating
 from ..compress.errors import WorkFailed
 from ..compress.storage import fingerprint, write_whole
-from .dataset import Sample
 from .encode import Encoder
 from .metrics.answers import exact_match
-from .metrics.divergence import kl, kl_shortened, log_probabilities, shorten
+from .metrics.divergence import kl, kl_shortened, log_probabilities, perplexity, shorten
 from .metrics.pairs import detectable, mcnemar, paired_bootstrap
+from .sample import Sample
 
 FULL_BYTES = 1 << 30  # the original's log-probabilities are kept whole up to this size
 TOP = 1024  # beyond it, this many of the most probable tokens and one lump of the rest
-SPARE_TOKENS, MOST_TOKENS = 4, 64
+LOGIT_BYTES = 1 << 30  # logits of one forward; batches with more are split
+SPARE_TOKENS, MOST_TOKENS = 4, 64  # greedy answers may be longer than the longest accepted answer; never longer
 
 
 @dataclass(frozen=True)
@@ -44,18 +46,44 @@ class Measurement:
 
 
 @dataclass
-class _Scored:
-    """What a model says of the reference answers, one row a token. Full: [tokens, vocabulary]; else the top ones."""
+class Reference:
+    """What the original says of the check split: greedy answers, and of every reference answer's tokens, in order:
 
+    Attributes:
+        values: log-probabilities [tokens, vocabulary]; where `indices` is there, those of the top ones [tokens, k].
+        indices, rest: ids of the top ones, and the log of the mass of all others [tokens].
+        chosen: log-probability of the reference token [tokens].
+        counts: tokens of each sample's reference answer [samples].
+    """
+
+    answers: list[str]
     values: torch.Tensor
-    indices: torch.Tensor | None
-    rest: torch.Tensor | None
-    best: torch.Tensor  # [tokens] top-1
-    chosen: torch.Tensor  # [tokens] log-probability of the reference token
+    chosen: torch.Tensor
+    counts: torch.Tensor
+    indices: torch.Tensor | None = None
+    rest: torch.Tensor | None = None
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        return [0, *self.counts.cumsum(0).tolist()]
+
+    def against(self, sample: int, log_q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """KL in nats and whether the most probable token is the same, by token, for `log_q` [tokens, vocabulary]."""
+        rows = slice(self._starts[sample], self._starts[sample + 1])
+        values = self.values[rows]
+        if self.indices is None or self.rest is None:
+            return kl(values, log_q), values.argmax(-1) == log_q.argmax(-1)
+        indices = self.indices[rows]
+        best = indices.gather(-1, values.argmax(-1, keepdim=True)).squeeze(-1)
+        return kl_shortened(values, indices, self.rest[rows], log_q), best == log_q.argmax(-1)
 
 
 class Judge:
     """Measures models on `samples` against `original`.
+
+    Args:
+        encoder: makes the batches. cache_dir: keeps what the original says across runs; None: in memory alone.
+        batch_size: questions in a batch.
 
     Attributes:
         answers_from_original: check samples that had no answer, so that the original's own serves.
@@ -66,137 +94,96 @@ class Judge:
         samples: Sequence[Sample],
         encoder: Encoder,
         original: ModelView,
-        *,
         cache_dir: Path | None = None,
         batch_size: int = 32,
     ) -> None:
         self.encoder, self.original, self.batch_size = encoder, original, batch_size
         self._given, self._cache_dir = tuple(samples), cache_dir
         self.answers_from_original = sum(not s.answers for s in samples)
-        self._samples: list[Sample] | None = None
-        self._order: list[int] = []
-        self._reference: tuple[_Scored, list[str]] | None = None
-        self._own: dict[str, str] = {}
+        self._reference: Reference | None = None
 
     # -- samples -------------------------------------------------------------------------------------------------------
 
     def answered(self, samples: Sequence[Sample]) -> list[Sample]:
-        """The samples, those without an answer with the original's own greedy one."""
-        lacking = [s for s in samples if not s.answers and s.id not in self._own]
-        for start in range(0, len(lacking), self.batch_size):
-            part = lacking[start : start + self.batch_size]
+        """The samples, those without an answer with the original's own greedy one (asked once, cached)."""
+        lacking = [s for s in samples if not s.answers and _content(s) not in self._own]
+        if lacking:
             with evaluating(self.original.model):
-                self._own |= zip((s.id for s in part), self._generate(self.original, part, MOST_TOKENS))
-        return [s if s.answers else dataclasses.replace(s, answers=(self._own[s.id],)) for s in samples]
+                texts = self._answers(self.original, lacking, MOST_TOKENS)
+            self._own.update(zip(map(_content, lacking), texts))
+            if self._own_file is not None:
+                write_whole(self._own_file, json.dumps(self._own))
+        return [s if s.answers else dataclasses.replace(s, answers=(self._own[_content(s)],)) for s in samples]
 
-    @property
+    @cached_property
     def samples(self) -> list[Sample]:
         """The check split with answers."""
-        if self._samples is None:
-            self._samples = self.answered(self._given)
-            lengths = [len(s.question or str(s.messages)) + len(s.answers[0]) for s in self._samples]
-            self._order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
-        return self._samples
+        return self.answered(self._given)
 
-    def _batches(self) -> list[list[int]]:
-        _ = self.samples
-        return [self._order[i : i + self.batch_size] for i in range(0, len(self._order), self.batch_size)]
+    @cached_property
+    def _own(self) -> dict[str, str]:
+        """The original's answers by the content of the sample."""
+        if self._own_file is None or not self._own_file.is_file():
+            return {}
+        try:
+            return dict(json.loads(self._own_file.read_text(encoding="utf-8")))
+        except ValueError:
+            return {}
 
-    @property
-    def _new_tokens(self) -> int:
-        longest = max(self.encoder.answer_length(a) for s in self.samples for a in s.answers)
-        return min(longest + SPARE_TOKENS, MOST_TOKENS)
+    @cached_property
+    def _own_file(self) -> Path | None:
+        return None if self._cache_dir is None else self._cache_dir / f"answers-{self._model_print[:32]}.json"
 
     # -- measuring -----------------------------------------------------------------------------------------------------
 
     def measure(self, view: ModelView, progress: Progress | None = None) -> Measurement:
-        """Quality of `view` against the original.
+        """Quality of `view` against the original. The same model measured twice gives the same figures.
 
         Raises:
-            WorkFailed: logits that are not finite; the first bad sample is named.
+            WorkFailed: logits that are not finite; the first sample that has such is named.
         """
         told = progress or Silent()
-        reference, their_answers = self.reference(told)
-        scored, answers = self._ask(view, told, "measuring")
-        return Measurement(*self._compare(reference, their_answers, scored, answers))
+        reference = self.reference(told)
+        distances: list[Any] = [None] * len(self.samples)
 
-    def _ask(self, view: ModelView, progress: Progress, what: str) -> tuple[_Scored, list[str]]:
-        batches = self._batches()
-        progress.start(what, len(batches))
-        rows: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        answers: dict[int, str] = {}
-        with evaluating(view.model):
-            for part in batches:
-                some = [self.samples[i] for i in part]
-                for i, row in zip(part, self._score(view, some)):
-                    rows[i] = row
-                answers |= zip(part, self._generate(view, some, self._new_tokens))
-                progress.step()
-        progress.done()
-        count = range(len(self.samples))
-        log_p = torch.cat([rows[i][0] for i in count])
-        targets = torch.cat([rows[i][1] for i in count])
-        chosen = log_p.gather(-1, targets[:, None]).squeeze(-1)
-        return _Scored(log_p, None, None, log_p.argmax(-1), chosen), [answers[i] for i in count]
+        def compare(i: int, log_q: torch.Tensor, chosen: torch.Tensor) -> None:
+            distances[i] = (*reference.against(i, log_q), chosen)
 
-    def _score(self, view: ModelView, samples: list[Sample]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Log-probabilities [answer tokens, vocabulary] and reference tokens of each sample, teacher-forced."""
-        batch = self.encoder.encode(samples)
-        logits = view.model(**batch).logits
-        labels = batch["labels"]
-        if not view.family.seq2seq:
-            logits, labels = logits[:, :-1], labels[:, 1:]
-        out = []
-        for sample, row, target in zip(samples, logits, labels):
-            marked = target != -100
-            log_p = log_probabilities(row[marked])
-            if not torch.isfinite(log_p).all():
-                raise WorkFailed("the model's logits are not finite", where=f"sample {sample.id}: {sample.question}")
-            out.append((log_p, target[marked]))
-        return out
-
-    def _generate(self, view: ModelView, samples: list[Sample], tokens: int) -> list[str]:
-        inputs = self.encoder.prompts(samples)
-        made = view.model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
-        start = inputs["input_ids"].shape[1] if "input_ids" in inputs and not view.family.seq2seq else 0
-        return self.encoder.decode(made[:, start:])
+        after = self._ask(view, told, "measuring", compare)
+        distance, same, chosen = (torch.cat(rows) for rows in zip(*distances))
+        return self._compare(reference.answers, after, distance, same, chosen)
 
     def _compare(
-        self, reference: _Scored, before: list[str], scored: _Scored, after: list[str]
-    ) -> tuple[dict[str, Json], list[dict[str, Json]]]:
-        if reference.indices is None:
-            distance = kl(reference.values, scored.values)
-        else:
-            assert reference.rest is not None
-            distance = kl_shortened(reference.values, reference.indices, reference.rest, scored.values)
+        self, before: list[str], after: list[str], distance: torch.Tensor, same: torch.Tensor, chosen: torch.Tensor
+    ) -> Measurement:
         samples = self.samples
         was = [exact_match(a, s.answers) for a, s in zip(before, samples)]
         now = [exact_match(a, s.answers) for a, s in zip(after, samples)]
         images = [s.image_id for s in samples]
         worse, better = (sum(x and not y for x, y in zip(*pair)) for pair in ((was, now), (now, was)))
-        low, high = paired_bootstrap(was, now, images)
         n = len(samples)
+        match: dict[str, Json] = {
+            "value": sum(now) / n,
+            "reference": sum(was) / n,
+            "delta": (sum(now) - sum(was)) / n,
+            "ci95": list(paired_bootstrap(was, now, images)),
+            "mcnemar_p": mcnemar(worse, better),
+            "right_to_wrong": worse,
+            "wrong_to_right": better,
+        }
         quality: dict[str, Json] = {
-            "kl": float(distance.mean()),
-            "kl_p99": float(distance.quantile(0.99)),
-            "agreement": float((reference.best == scored.best).double().mean()),
-            "perplexity": math.exp(min(-float(scored.chosen.double().mean()), 700.0)),
-            "exact_match": {
-                "value": sum(now) / n,
-                "reference": sum(was) / n,
-                "delta": (sum(now) - sum(was)) / n,
-                "ci95": [low, high],
-                "mcnemar_p": mcnemar(worse, better),
-                "right_to_wrong": worse,
-                "wrong_to_right": better,
-                "detectable": detectable(worse + better, n),
-            },
+            "kl": float(distance.double().mean()),
+            "kl_p99": float(distance.double().quantile(0.99)),
+            "agreement": float(same.double().mean()),
+            "perplexity": perplexity(chosen),
+            "exact_match": match,
             "flips": (worse + better) / n,
+            "detectable": detectable(worse + better, n),
             "n": n,
             "n_images": len(set(images)),
             "by_tag": _by_tag(samples, was, now),
         }
-        items = [
+        items: list[dict[str, Json]] = [
             {
                 "id": s.id,
                 "image_id": s.image_id,
@@ -207,54 +194,160 @@ class Judge:
             }
             for i, s in enumerate(samples)
         ]
-        return quality, items
+        return Measurement(quality, items)
+
+    # -- asking a model ------------------------------------------------------------------------------------------------
+
+    def _ask(
+        self,
+        view: ModelView,
+        progress: Progress,
+        what: str,
+        scored: Callable[[int, torch.Tensor, torch.Tensor], None],
+    ) -> list[str]:
+        """Greedy answers to the check split; calls `scored(sample, log-probabilities, those of the reference)`."""
+        order = self._order(self.samples, lambda s: len(s.answers[0]))
+        batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+        progress.start(what, 2 * len(batches))
+        with evaluating(view.model):
+            for part in batches:
+                rows = self._scores(view, [self.samples[i] for i in part])
+                for i, (log_p, target) in zip(part, rows):
+                    scored(i, log_p, log_p.gather(-1, target[:, None]).squeeze(-1))
+                progress.step()
+            answers = self._answers(view, self.samples, self._new_tokens, progress)
+        progress.done()
+        return answers
+
+    @cached_property
+    def _new_tokens(self) -> int:
+        every = [answer for s in self.samples for answer in s.answers]
+        longest = max(map(len, self.encoder.tokenizer(every, add_special_tokens=False)["input_ids"]))
+        return min(longest + 1 + SPARE_TOKENS, MOST_TOKENS)
+
+    @staticmethod
+    def _order(samples: Sequence[Sample], more: Callable[[Sample], int] = lambda s: 0) -> list[int]:
+        """Samples by number of pictures and length, so that a batch needs little padding."""
+        keys = [(len(s.images), len(json.dumps(s.conversation)) + more(s), i) for i, s in enumerate(samples)]
+        return [i for *_, i in sorted(keys)]
+
+    def _scores(self, view: ModelView, samples: Sequence[Sample]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Log-probabilities [answer tokens, vocabulary] and reference tokens of each sample, teacher-forced."""
+        batch = _on(view, self.encoder.encode(samples))
+        labels = batch["labels"]
+        vocabulary = view.model.config.get_text_config(decoder=True).vocab_size
+        most = max(1, LOGIT_BYTES // (4 * labels.shape[1] * vocabulary))
+        if most < len(samples):
+            for start in range(0, len(samples), most):
+                yield from self._scores(view, samples[start : start + most])
+            return
+        # with labels: they tell prompt from answer to prefix-LM masks, and to passes that look at the prompt
+        logits = view.model(**batch).logits
+        if not view.family.seq2seq:
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        for sample, row, target in zip(samples, logits, labels):
+            marked = target != -100
+            log_p = log_probabilities(row[marked]).cpu()
+            if not torch.isfinite(log_p).all():
+                raise WorkFailed(
+                    "the model's logits are not finite",
+                    where=f"sample {sample.id}: {sample.question}",
+                    found=f"{int((~torch.isfinite(log_p)).sum())} of {log_p.numel()} log-probabilities",
+                    change="milder settings for the last pass; in 16 bits, more range",
+                )
+            yield log_p, target[marked].cpu()
+
+    def _answers(
+        self, view: ModelView, samples: Sequence[Sample], tokens: int, progress: Progress | None = None
+    ) -> list[str]:
+        """Greedy answers of up to `tokens` tokens, as `generate(do_sample=False)` gives them."""
+        order = self._order(samples)
+        answers = [""] * len(samples)
+        for start in range(0, len(order), self.batch_size):
+            part = order[start : start + self.batch_size]
+            inputs = _on(view, self.encoder.prompts([samples[i] for i in part]))
+            made = view.model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
+            prompt = inputs["input_ids"].shape[1] if "input_ids" in inputs and not view.family.seq2seq else 0
+            for i, text in zip(part, self.encoder.decode(made[:, prompt:])):
+                answers[i] = text
+            if progress is not None:
+                progress.step()
+        return answers
 
     # -- the original, once --------------------------------------------------------------------------------------------
 
-    def reference(self, progress: Progress | None = None) -> tuple[_Scored, list[str]]:
-        """The original's log-probabilities and answers, from the cache where it has them."""
+    def reference(self, progress: Progress | None = None) -> Reference:
+        """What the original says, from the cache where it is there."""
         if self._reference is None:
             self._reference = self._read() or self._make(progress or Silent())
         return self._reference
 
-    def _make(self, progress: Progress) -> tuple[_Scored, list[str]]:
-        scored, answers = self._ask(self.original, progress, "asking the original")
-        if scored.values.numel() * scored.values.element_size() > FULL_BYTES:
-            values, indices, rest = shorten(scored.values, TOP)
-            scored = dataclasses.replace(scored, values=values, indices=indices, rest=rest)
+    def _make(self, progress: Progress) -> Reference:
+        count = len(self.samples)
+        rows: list[Any] = [None] * count
+        chosen: list[Any] = [None] * count
+        stored, short = 0, False
+
+        def keep(i: int, log_p: torch.Tensor, of_reference: torch.Tensor) -> None:
+            nonlocal stored, short
+            stored += log_p.numel() * log_p.element_size()
+            rows[i], chosen[i] = (shorten(log_p, TOP) if short else (log_p,)), of_reference
+            if stored > FULL_BYTES and not short:
+                short = True
+                rows[:] = [row and shorten(row[0], TOP) for row in rows]
+
+        answers = self._ask(self.original, progress, "asking the original", keep)
+        values, *more = (torch.cat(column) for column in zip(*rows))
+        counts = torch.tensor([len(c) for c in chosen])
+        reference = Reference(answers, values, torch.cat(chosen), counts, *more)
         if self._cache_dir is not None:
             from safetensors.torch import save
 
-            fields = {f.name: getattr(scored, f.name) for f in dataclasses.fields(scored)}
-            raw = save({k: v.contiguous() for k, v in fields.items() if v is not None})
+            tensors = {k: v for k, v in vars(reference).items() if isinstance(v, torch.Tensor)}
+            raw = save({k: v.contiguous() for k, v in tensors.items()})
             write_whole(self._cache_dir / f"{self.fingerprint}.safetensors", raw)
-            write_whole(
-                self._cache_dir / f"{self.fingerprint}.json", json.dumps({"answers": answers, "own": self._own})
-            )
-        return scored, answers
+            write_whole(self._cache_dir / f"{self.fingerprint}.json", json.dumps(answers))
+        return reference
 
-    def _read(self) -> tuple[_Scored, list[str]] | None:
-        if self._cache_dir is None or not (self._cache_dir / f"{self.fingerprint}.json").is_file():
+    def _read(self) -> Reference | None:
+        """The cached reference; None where there is none that can be read whole."""
+        if self._cache_dir is None:
             return None
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        said = json.loads((self._cache_dir / f"{self.fingerprint}.json").read_text(encoding="utf-8"))
-        tensors = load_file(self._cache_dir / f"{self.fingerprint}.safetensors")
-        self._own |= said["own"]
-        return _Scored(**{f.name: tensors.get(f.name) for f in dataclasses.fields(_Scored)}), said["answers"]  # type: ignore[arg-type]
+        try:
+            answers = json.loads((self._cache_dir / f"{self.fingerprint}.json").read_text(encoding="utf-8"))
+            return Reference(answers, **load_file(self._cache_dir / f"{self.fingerprint}.safetensors"))
+        except (OSError, ValueError, TypeError, SafetensorError):
+            return None
 
-    @property
+    @cached_property
+    def _model_print(self) -> str:
+        """Of the original, what it is given for one question (template and processor), and the versions."""
+        digest = hashlib.sha256(fingerprint(self.original).encode())
+        for name, tensor in sorted(self.encoder.prompts(self._given[:1]).items()):
+            digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+        digest.update(f"{__version__} {torch.__version__} {transformers.__version__}".encode())
+        return digest.hexdigest()
+
+    @cached_property
     def fingerprint(self) -> str:
         """Of all that the reference depends on."""
-        if not self._fingerprint:
-            digest = hashlib.sha256(fingerprint(self.original).encode())
-            for s in self._given:
-                digest.update(repr((s.id, s.question, s.messages, s.answers, [i.content for i in s.images])).encode())
-            digest.update(f"{torch.__version__} {transformers.__version__} {self.batch_size}".encode())
-            self._fingerprint = digest.hexdigest()[:32]
-        return self._fingerprint
+        digest = hashlib.sha256(f"{self._model_print} {self.batch_size} {FULL_BYTES} {TOP}".encode())
+        for s in self._given:
+            digest.update(f"{_content(s)} {s.answers!r}\n".encode())
+        return digest.hexdigest()[:32]
 
-    _fingerprint = ""
+
+def _content(sample: Sample) -> str:
+    """sha256 of id, pictures, question and what was said before."""
+    asked = [[image.content for image in sample.images], sample.conversation, sample.id]
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+
+
+def _on(view: ModelView, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {k: v.to(view.model.device) for k, v in batch.items()}
 
 
 def _by_tag(samples: Sequence[Sample], was: list[bool], now: list[bool]) -> dict[str, Json]:
@@ -268,6 +361,6 @@ def _by_tag(samples: Sequence[Sample], was: list[bool], now: list[bool]) -> dict
     }
 
 
-def _share(rows: list[int], was: list[bool], now: list[bool]) -> Mapping[str, Any]:
+def _share(rows: list[int], was: list[bool], now: list[bool]) -> dict[str, Json]:
     before, after = sum(was[i] for i in rows) / len(rows), sum(now[i] for i in rows) / len(rows)
     return {"n": len(rows), "value": after, "reference": before, "delta": after - before}

@@ -72,7 +72,7 @@ def caption_samples(file: Path) -> list[Sample]:
     samples = []
     for where, row in _json_rows(file):
         _check_keys(row, CAPTION_KEYS, where)
-        plain = {k: row[k] for k in ("id", "tags") if k in row}
+        plain: dict[str, Any] = {k: row[k] for k in ("id", "tags") if k in row}
         plain["image"] = row.get("image", row.get("file_name"))
         plain["answer"] = row.get("caption", row.get("text"))
         plain["question"] = row.get("question", CAPTION_QUESTION)

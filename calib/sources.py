@@ -90,8 +90,8 @@ def _demo(check_split: str, fit: int, check: int, seed: int) -> Source:
     def recovery() -> Iterator[Sample]:
         return _made(rows("recovery", sys.maxsize, RECOVERY_QUESTIONS, seed))
 
-    kind = "drawn in two picture styles that no other split uses" if check_split == "shifted" else "of the same kind"
-    description = f"Made-up scenes of one to four things on a 2 x 2 grid, {DEMO_QUESTIONS} questions each; checked on scenes {kind}."
+    style = "in picture styles never trained on" if check_split == "shifted" else "of the same kind"
+    description = f"Made-up scenes, {DEMO_QUESTIONS} questions each; checked on scenes {style}."
     return Source(description, pool("fit", fit), pool(check_split, check), recovery, in_order=True)
 
 

@@ -45,7 +45,7 @@ class Workbench:
     ) -> None:
         self.original, self.data, self.latency = original, data, latency
         self.batch_size = batch_size
-        self.encoder = Encoder(original.processor)
+        self.encoder = Encoder(original.processor, seq2seq=original.family.seq2seq)
         self.judge = Judge(data.check, self.encoder, original, cache_dir=cache_dir, batch_size=batch_size)
         self.progress = progress or Silent()
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
+
+_LEAST = 1e-12  # mass of the lump of the rest, so that its logarithm is finite
 
 
 def log_probabilities(logits: torch.Tensor) -> torch.Tensor:
@@ -17,8 +21,11 @@ def shorten(log_p: torch.Tensor, top: int) -> tuple[torch.Tensor, torch.Tensor, 
         values, indices [tokens, top] and the log of the remaining mass [tokens].
     """
     values, indices = log_p.topk(min(top, log_p.shape[-1]), dim=-1)
-    rest = (1 - values.exp().sum(-1)).clamp(min=1e-12).log()
-    return values, indices, rest
+    return values, indices, _rest(values)
+
+
+def _rest(values: torch.Tensor) -> torch.Tensor:
+    return (1 - values.double().exp().sum(-1)).clamp(min=_LEAST).log().float()
 
 
 def kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
@@ -29,5 +36,9 @@ def kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
 def kl_shortened(values: torch.Tensor, indices: torch.Tensor, rest: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
     """KL over the teacher's top tokens and one lump of all others; never more than the full KL (log-sum inequality)."""
     q = log_q.gather(-1, indices)
-    q_rest = (1 - q.exp().sum(-1)).clamp(min=1e-12).log()
-    return ((values.exp() * (values - q)).sum(-1) + rest.exp() * (rest - q_rest)).clamp(min=0)
+    return ((values.exp() * (values - q)).sum(-1) + rest.exp() * (rest - _rest(q))).clamp(min=0)
+
+
+def perplexity(log_p: torch.Tensor) -> float:
+    """``exp`` of the mean negative log-probability of the reference tokens [tokens]; at most ``exp(700)``."""
+    return math.exp(min(-float(log_p.double().mean()), 700.0))
