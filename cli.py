@@ -53,6 +53,10 @@ class Commands(click.Group):
             return code
         except BrokenPipeError as error:
             raise PipeClosed from error
+        except SystemExit as error:  # rich turns a closed pipe into exit code 1
+            if isinstance(error.__context__, BrokenPipeError):
+                raise PipeClosed from error
+            raise
 
 
 def main(arguments: list[str] | None = None) -> int:

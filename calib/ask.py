@@ -8,8 +8,8 @@ import torch
 
 from ..compress.anatomy import ModelView
 from ..compress.base import evaluating
-from .sample import ImageSource, Sample
 from .encode import Encoder
+from .sample import ImageSource, Sample
 
 
 def ask(view: ModelView, image: str | Path, question: str, *, max_new_tokens: int = 64) -> str:

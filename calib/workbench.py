@@ -84,7 +84,7 @@ class Workbench:
         measurement = self.judge.measure(view, progress or self.progress)
         return measurement.quality, measurement.items
 
-    def cost(self, view: ModelView, bytes_on_disk: int) -> dict[str, Json]:
+    def cost(self, view: ModelView, bytes_on_disk: int | None) -> dict[str, Json]:
         """report.json's `cost`."""
         return cost(view, self._sample_batch, bytes_on_disk=bytes_on_disk, latency=self.latency)
 

@@ -48,7 +48,7 @@ class Bench(Protocol):
 
     def measure(self, view: ModelView, progress: Progress) -> tuple[dict[str, Json], list[dict[str, Json]]]: ...
 
-    def cost(self, view: ModelView, bytes_on_disk: int) -> dict[str, Json]: ...
+    def cost(self, view: ModelView, bytes_on_disk: int | None) -> dict[str, Json]: ...
 
     def probe(self, view: ModelView) -> torch.Tensor: ...
 
@@ -98,7 +98,10 @@ class Pipeline:
             "stages": [],
         }
         folder = run.stage(0, None, key)
-        base, items = self._measured(folder, bench, original, step=None, index=0, before=None)
+        if not folder.is_applied():
+            round_to_storage(original)
+            _save_applied(folder, original, bench, {"notes": {}, "seconds": 0.0, "peak_rss_bytes": 0})
+        base, items = self._measured(folder, bench, None, 0, None)
         stages, answers = [base], [items]
         report["stages"] = stages
         self.on_stage(base)
@@ -157,31 +160,41 @@ class Pipeline:
             start, meter = time.perf_counter(), PeakMemory()
             with meter:
                 notes = apply_pass(trial, view, ctx, where=where)
-            with whole_folder(folder.applied) as temporary:
-                _save_applied(view, temporary, bench, notes, time.perf_counter() - start, meter.peak)
-        return self._measured(folder, bench, None, step=step, index=index, before=trial)
+            facts = {
+                "notes": notes.numbers,
+                "seconds": round(time.perf_counter() - start, 3),
+                "peak_rss_bytes": meter.peak,
+            }
+            _, broken = ask_promises(view, self.find)
+            if broken:  # such a model is judged as it is and never saved: its weights may fit no format any more
+                return self._judged(folder, view, facts, bench, step, index, trial, None)
+            _save_applied(folder, view, bench, facts)
+        return self._measured(folder, bench, step, index, trial)
 
     def _measured(
-        self,
-        folder: StageFolder,
-        bench: Bench,
-        original: ModelView | None,
-        *,
-        step: Step | None,
-        index: int,
-        before: Pass | None,
+        self, folder: StageFolder, bench: Bench, step: Step | None, index: int, trial: Pass | None
     ) -> tuple[dict[str, Json], list[dict[str, Json]]]:
-        """Load the saved stage, ask all promises, measure, judge, and mark the stage finished."""
+        """Load the saved stage, prove that it answers as it did in memory, and judge it."""
         finished = folder.finished()
         if isinstance(finished, dict):
             return finished, folder.items()
-        if original is not None and not folder.is_applied():
-            with whole_folder(folder.applied) as temporary:
-                round_to_storage(original)
-                _save_applied(original, temporary, bench, Notes(), 0.0, 0)
         view = self._load(folder.model)
-        facts = folder.apply_facts()
         _same_logits(bench.probe(view), folder.probe, f"stage {index}")
+        stored = weight_bytes(folder.model)
+        return self._judged(folder, view, folder.apply_facts(), bench, step, index, trial, stored)
+
+    def _judged(
+        self,
+        folder: StageFolder,
+        view: ModelView,
+        facts: Mapping[str, Json],
+        bench: Bench,
+        step: Step | None,
+        index: int,
+        trial: Pass | None,
+        bytes_on_disk: int | None,
+    ) -> tuple[dict[str, Json], list[dict[str, Json]]]:
+        """Ask all promises, measure, put the gate's question, and mark the stage finished."""
         kept, broken = ask_promises(view, self.find)
         quality, items = bench.measure(view, self.progress)
         passed, says = step.gate.judge(quality) if step and step.gate else (True, "no gate")
@@ -189,8 +202,8 @@ class Pipeline:
             passed, says = False, broken
         stage: dict[str, Json] = {
             "index": index,
-            "pass": before.name if before else None,
-            "settings": before.settings() if before else {},
+            "pass": trial.name if trial else None,
+            "settings": trial.settings() if trial else {},
             "verdict": "baseline",
             "gate": step.gate.to_json() if step and step.gate else None,
             "gate_passed": passed,
@@ -198,7 +211,7 @@ class Pipeline:
             "seconds": facts["seconds"],
             "peak_rss_bytes": facts["peak_rss_bytes"],
             "quality": quality,
-            "cost": bench.cost(view, weight_bytes(folder.model)),
+            "cost": bench.cost(view, bytes_on_disk),
             "promises": kept,
             "broken_promise": broken,
             "notes": facts["notes"],
@@ -283,12 +296,13 @@ class PeakMemory:
 # -------------------------------------------------------------------------------------------------------------- private
 
 
-def _save_applied(view: ModelView, temporary: Path, bench: Bench, notes: Notes, seconds: float, peak: int) -> None:
+def _save_applied(folder: StageFolder, view: ModelView, bench: Bench, facts: Mapping[str, Json]) -> None:
     from safetensors.torch import save_file
 
-    save(view, temporary / "model")
-    save_file({"logits": bench.probe(view)}, temporary / "probe.safetensors")
-    write_json(temporary / "apply.json", {"notes": notes.numbers, "seconds": round(seconds, 3), "peak_rss_bytes": peak})
+    with whole_folder(folder.applied) as temporary:
+        save(view, temporary / "model")
+        save_file({"logits": bench.probe(view)}, temporary / "probe.safetensors")
+        write_json(temporary / "apply.json", facts)
 
 
 def _same_logits(logits: torch.Tensor, probe: Path, where: str) -> None:

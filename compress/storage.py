@@ -291,7 +291,7 @@ def round_to_storage(view: ModelView) -> None:
                 tensor.copy_(tensor.to(view.storage_dtype))
 
 
-def save(view: ModelView, folder: Path) -> int:
+def save(view: ModelView, folder: str | Path) -> int:
     """Save `view` as a Hugging Face folder plus ledger, whole or not at all. Returns the bytes of its weight files.
 
     Linears that lie on a grid are stored packed (compressed-tensors), all other floating tensors in `storage_dtype`.
@@ -299,11 +299,8 @@ def save(view: ModelView, folder: Path) -> int:
     from transformers.core_model_loading import revert_weight_conversion
 
     _quiet()
-    with whole_folder(folder) as temporary:
-        state = {
-            k: v.detach().to(view.storage_dtype if v.is_floating_point() else v.dtype)
-            for k, v in view.model.state_dict().items()
-        }
+    with whole_folder(Path(folder)) as temporary:
+        state = _cast_state(view)
         model, config = view.model, view.model.config
         saved_names = {path: _saved_name(revert_weight_conversion, model, path) for path in view.grids}
         dtypes = _set_dtype(config, view.storage_dtype)
@@ -333,6 +330,19 @@ def save(view: ModelView, folder: Path) -> int:
         }
         (temporary / LEDGER_FILE).write_text(json.dumps(ledger, indent=1) + "\n", encoding="utf-8")
         return weight_bytes(temporary)
+
+
+def _cast_state(view: ModelView) -> dict[str, torch.Tensor]:
+    """The state dict in the dtype that is saved; tensors that share memory go on sharing it, so that ties are found."""
+    cast: dict[tuple[int, torch.Size], torch.Tensor] = {}
+    state = {}
+    for name, tensor in view.model.state_dict().items():
+        dtype = view.storage_dtype if tensor.is_floating_point() else tensor.dtype
+        key = (tensor.data_ptr(), tensor.shape)
+        if key not in cast or tensor.numel() == 0:
+            cast[key] = tensor.detach().to(dtype)
+        state[name] = cast[key]
+    return state
 
 
 def _saved_name(revert: Callable[..., dict[str, Any]], model: Any, path: str) -> str:

@@ -201,7 +201,8 @@ def test_out_that_is_not_ours_is_left_alone(data, tmp_path):
 
 def test_the_rehearsal_finds_what_would_fail_later(data, tmp_path):
     bad_group = recipe(
-        {"quantize.rtn": {"bits": 4, "group": 64, "where": ["vision"]}}, {"quantize.gptq": {"bits": 4, "group": 100}}
+        {"quantize.rtn": {"bits": 4, "group": 64, "where": ["vision"]}},
+        {"quantize.gptq": {"bits": 4, "group": 100, "where": ["language"]}},
     )
     with pytest.raises(Unmet, match="100"):
         run(bad_group, data, tmp_path / "a")

@@ -7,12 +7,19 @@ For a linear `X` of [out, in]::
     X.weight_zero_point  int32 [ceil(out * bits / 32), groups] asymmetric only, packed along the outputs
     X.weight_shape       int64 [2]
 
-transformers saves some families under older key names (`language_model.model...`) than their modules have; the targets
-name every linear both ways, so that a loader that matches either finds it.
+transformers saves some families under older key names (`language_model.model...`) than their modules have. A target is
+therefore a pattern of one linear that holds for both names.
+
+`dequantize` makes transformers unpack while it loads, which it would do at the first forward anyway. The values come
+out exactly, zero points have the shape that they have on disk (the other way takes them for unpacked and fails), and
+towers that are initialised through `weight` (SigLIP) load too. transformers 5.23 can do so for one kind of grid in a
+model; with several it goes the other way, where it loads neither zero points nor a packed SigLIP. `svlm.load` reads
+all of them.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,7 +42,7 @@ def quantization_config(view: ModelView, saved: Mapping[str, str]) -> dict[str, 
         kinds.setdefault((grid.bits, grid.group, grid.symmetric), []).append(path)
     groups: dict[str, Json] = {}
     for number, ((bits, group, symmetric), paths) in enumerate(sorted(kinds.items())):
-        names = sorted({name for path in paths for name in (path, saved[path])})
+        names = [_pattern({path, saved[path]}) for path in sorted(paths)]
         weights = {
             "num_bits": bits,
             "type": "int",
@@ -52,7 +59,15 @@ def quantization_config(view: ModelView, saved: Mapping[str, str]) -> dict[str, 
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": sorted(rest),
+        "dequantize": len(groups) == 1,
     }
+
+
+def _pattern(names: set[str]) -> str:
+    """A target that matches exactly these names of one module."""
+    if len(names) == 1:
+        return next(iter(names))
+    return f"re:^(?:{'|'.join(re.escape(name) for name in sorted(names))})$"
 
 
 def packed_state(view: ModelView, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

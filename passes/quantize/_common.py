@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, TypeVar
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from ...compress.base import Pass
+from ...compress.base import Context, Pass
 from ...compress.errors import PromiseBroken, Unmet
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ def check_settings(bits: int, group: int, symmetric: bool) -> None:
 
 def check_linears(step: Pass, model: ModelView, refs: Iterable[LinearRef], group: int) -> None:
     """Raise Unmet where a linear is quantized already, is tied, or has a width that `group` does not divide."""
+    refs = tuple(refs)
+    common = math.gcd(*(ref.module.in_features for ref in refs))
     for ref in refs:
         width = ref.module.in_features
         if ref.path in model.grids:
@@ -50,12 +53,12 @@ def check_linears(step: Pass, model: ModelView, refs: Iterable[LinearRef], group
                 change="name other parts in 'where', or leave out one of the two passes",
             )
         if group != -1 and width % group:
-            fits = [g for g in (16, 32, 64, 96, 128, 192, 256) if width % g == 0]
             raise Unmet(
                 f"{step.name}: group {group} does not divide a linear's inputs",
                 where=ref.path,
                 found=f"{width} inputs",
-                change=f"group: {', '.join(map(str, [*fits, -1]))} (-1 is one scale a row)",
+                change=f"groups that divide it: {_divisors(width)}; that divide every linear of 'where': "
+                f"{_divisors(common)} (-1 is one scale a row)",
             )
         if ref.unit.part == "head" and model.tied_embeddings:
             raise Unmet(
@@ -65,21 +68,45 @@ def check_linears(step: Pass, model: ModelView, refs: Iterable[LinearRef], group
             )
 
 
+def check_data(step: Pass, ctx: Context) -> None:
+    """Raise Unmet where the pass needs statistics and there is nothing to take them from."""
+    if not ctx.fit:
+        raise Unmet(f"{step.name} needs calibration data", found="no fit samples", change="calibration: {fit: 128}")
+
+
+def visual_share(model: ModelView, batches: Sequence[Mapping[str, Any]]) -> float:
+    """Share of the real tokens of the language model's input that are visual, before any weighting."""
+    tokens = "prompt" if model.family.seq2seq and all("input_ids" in batch for batch in batches) else "sequence"
+    masks = [model.token_masks(batch, tokens) for batch in batches]
+    vision, text = (sum(int(getattr(m, kind).sum()) for m in masks) for kind in ("vision", "text"))
+    return vision / max(vision + text, 1)
+
+
+def _divisors(width: int) -> str:
+    """Usual group sizes that divide `width`, all its divisors from 8 to 256 where none does, and -1."""
+    usual = [g for g in (16, 32, 64, 128, 256) if width % g == 0]
+    fits = usual or [g for g in range(8, 257) if width % g == 0]
+    return ", ".join(map(str, [*fits, -1]))
+
+
 def place(model: ModelView, ref: LinearRef, weight: torch.Tensor, grid: Grid) -> None:
     """Put the rounded weight into the model, and its grid into the books."""
     ref.module.weight.data.copy_(weight)
     model.grids[ref.path] = grid
 
 
-def check_grids(step: Pass, model: ModelView, paths: Iterable[str], bits: int, group: int) -> None:
-    """The promise: every linear in `paths` still lies on a grid of these bits and groups."""
+def check_grids(step: Pass, model: ModelView, paths: Iterable[str], bits: int, group: int, symmetric: bool) -> None:
+    """The promise: every linear in `paths` still lies on a grid of these bits, groups and symmetry."""
     from ...compress.runtime.grid import off_grid
 
     for path in paths:
         grid = model.grids.get(path)
-        if grid is None or (grid.bits, grid.group) != (bits, group):
-            found = "no grid" if grid is None else f"{grid.bits} bits, group {grid.group}"
-            raise PromiseBroken(f"{step.name} promised {bits} bits, group {group}", where=path, found=found)
+        if grid is None or (grid.bits, grid.group, grid.symmetric) != (bits, group, symmetric):
+            raise PromiseBroken(
+                f"{step.name} promised a grid of {_spell(bits, group, symmetric)}",
+                where=path,
+                found="no grid" if grid is None else _spell(grid.bits, grid.group, grid.symmetric),
+            )
         share = off_grid(model.linear(path).module.weight, grid)
         if share > 0:
             raise PromiseBroken(
@@ -88,3 +115,7 @@ def check_grids(step: Pass, model: ModelView, paths: Iterable[str], bits: int, g
                 found=f"{100 * share:.1f} % of the weights are off it",
                 change="quantize last",
             )
+
+
+def _spell(bits: int, group: int, symmetric: bool) -> str:
+    return f"{bits} bits, group {group}, {'symmetric' if symmetric else 'asymmetric'}"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from ...compress.base import Context, Json, Notes, Pass
-from ._common import check_grids, check_linears, check_settings, milder, place
+from ._common import check_data, check_grids, check_linears, check_settings, milder, place, visual_share
 
 if TYPE_CHECKING:
     import torch
@@ -61,6 +61,7 @@ class GPTQ(Pass):
 
     def requires(self, model: ModelView, ctx: Context) -> None:
         check_linears(self, model, model.linears(self.where), self.group)
+        check_data(self, ctx)
 
     def apply(self, model: ModelView, ctx: Context) -> Notes:
         from ...calib.stats import Hessian
@@ -94,10 +95,11 @@ class GPTQ(Pass):
                     }
             unit.notes["linears"] = linears
         rows = {path: row for notes in walk.notes.values() for path, row in notes["linears"].items()}
-        return Notes(_numbers(rows), {"linears": list(rows)})
+        numbers = _numbers(rows) | {"visual_token_share": visual_share(model, ctx.fit)}
+        return Notes(numbers, {"linears": list(rows)})
 
     def ensures(self, model: ModelView) -> None:
-        check_grids(self, model, model.ledger.record_of(self)["linears"], self.bits, self.group)
+        check_grids(self, model, model.ledger.record_of(self)["linears"], self.bits, self.group, self.symmetric)
 
     def weaker(self) -> Self | None:
         return milder(self)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
-from ...compress.base import Context, Notes, Pass
-from ._common import check_grids, check_linears, check_settings, milder, place
+from ...compress.base import Context, Json, Notes, Pass
+from ._common import check_data, check_grids, check_linears, check_settings, milder, place, visual_share
 
 if TYPE_CHECKING:
+    import torch
+
     from ...compress.anatomy import LinearRef, ModelView
 
 
@@ -23,7 +24,8 @@ class RTN(Pass):
         symmetric: no zero points, ``scale = max|w| / (2^(bits-1) - 1)``.
         where: selector of the linears.
         search: ``none`` takes the scale from the largest weight; ``importance`` searches the clipped scale with the
-            least rounding error weighted by E[x^2] of the inputs (AutoRound's opt-RTN), which needs data.
+            least rounding error weighted by E[x^2] of the inputs (AutoRound's opt-RTN), which needs data: blocks are
+            walked in forward order, and each sees what the rounded ones before it produce.
         token_weights: how visual and text tokens count in E[x^2]: ``balanced`` (half each), ``uniform`` or ``text``.
     """
 
@@ -43,41 +45,50 @@ class RTN(Pass):
 
     def requires(self, model: ModelView, ctx: Context) -> None:
         check_linears(self, model, model.linears(self.where), self.group)
+        if self.search == "importance":
+            check_data(self, ctx)
 
     def apply(self, model: ModelView, ctx: Context) -> Notes:
+        rows: dict[str, Json] = {}
+        if self.search == "none":
+            for ref in model.linears(self.where):
+                rows[ref.path] = self._round(model, ref, None)
+        else:
+            from ...calib.stats import MeanSquare
+
+            walk = ctx.walk(self.where, name="importance")
+            for unit in walk:
+                stats = unit.observe(MeanSquare, token_weights=self.token_weights)
+                unit.notes["linears"] = {ref.path: self._round(model, ref, stat.mean) for ref, stat in stats.items()}
+            for notes in walk.notes.values():
+                rows |= notes["linears"]
+        squared, whole = (sum(row[kind] for row in rows.values()) for kind in ("squared_error", "squared_weight"))
+        numbers: dict[str, Json] = {"linears": len(rows), "relative_weight_error": squared / whole if whole else 0.0}
+        if self.search == "importance":
+            numbers["visual_token_share"] = visual_share(model, ctx.fit)
+        return Notes(numbers, {"linears": list(rows)})
+
+    def _round(self, model: ModelView, ref: LinearRef, importance: torch.Tensor | None) -> dict[str, Json]:
+        """Round one linear; `importance` [in] asks for the scale search."""
         from ...compress.runtime.grid import dequantize, quantize
         from ._rtn import absmax_grid, searched_grid
 
-        paths, squared, whole = [], 0.0, 0.0
-        for ref, importance in self._linears(model, ctx):
-            weight = ref.module.weight.detach().float()
-            kind = (self.bits, self.group, self.symmetric, model.storage_dtype)
-            grid = absmax_grid(weight, *kind) if self.search == "none" else searched_grid(weight, importance, *kind)
-            rounded = dequantize(quantize(weight, grid), grid)
-            squared += float((weight - rounded).square().sum())
-            whole += float(weight.square().sum())
-            place(model, ref, rounded, grid)
-            paths.append(ref.path)
-        return Notes(
-            {"linears": len(paths), "relative_weight_error": squared / whole if whole else 0.0}, {"linears": paths}
-        )
-
-    def _linears(self, model: ModelView, ctx: Context) -> Iterator[tuple[LinearRef, Any]]:
-        if self.search == "none":
-            yield from ((ref, None) for ref in model.linears(self.where))
-            return
-        from ...calib.stats import MeanSquare
-
-        importances = {}
-        for unit in ctx.walk(
-            self.where, name="importance"
-        ):  # of the unrounded model: all are seen before any is rounded
-            for ref, stat in unit.observe(MeanSquare, token_weights=self.token_weights).items():
-                importances[ref.path] = stat.mean
-        yield from ((ref, importances[ref.path]) for ref in model.linears(self.where))
+        weight = ref.module.weight.detach().float()
+        kind = (self.bits, self.group, self.symmetric, model.storage_dtype)
+        if importance is None:
+            grid = absmax_grid(weight, *kind)
+        else:  # no token ever came by: all inputs count alike
+            grid = searched_grid(weight, importance if importance.any() else None, *kind)
+        rounded = dequantize(quantize(weight, grid), grid)
+        errors = {
+            "squared_error": float((weight - rounded).square().sum()),
+            "squared_weight": float(weight.square().sum()),
+        }
+        place(model, ref, rounded, grid)
+        return errors
 
     def ensures(self, model: ModelView) -> None:
-        check_grids(self, model, model.ledger.record_of(self)["linears"], self.bits, self.group)
+        check_grids(self, model, model.ledger.record_of(self)["linears"], self.bits, self.group, self.symmetric)
 
     def weaker(self) -> Self | None:
         return milder(self)
