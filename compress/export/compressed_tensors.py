@@ -12,9 +12,9 @@ therefore a pattern of one linear that holds for both names.
 
 `dequantize` makes transformers unpack while it loads, which it would do at the first forward anyway. The values come
 out exactly, zero points have the shape that they have on disk (the other way takes them for unpacked and fails), and
-towers that are initialised through `weight` (SigLIP) load too. transformers 5.23 can do so for one kind of grid in a
-model; with several it goes the other way, where it loads neither zero points nor a packed SigLIP. `svlm.load` reads
-all of them.
+towers that are initialised through `weight` (SigLIP) load too. transformers 5.23 reads ONE kind of grid this way (it
+would take the first for all); a model with several goes the other way, which loads neither zero points nor a packed
+SigLIP. `svlm.load` reads all of them.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ def check_data(step: Pass, ctx: Context) -> None:
 
 
 def visual_share(model: ModelView, batches: Sequence[Mapping[str, Any]]) -> float:
-    """Share of the real tokens of the language model's input that are visual, before any weighting."""
+    """Share of the tokens of the prompts that are visual, before any is dropped or weighted; padding does not count."""
     tokens = "prompt" if model.family.seq2seq and all("input_ids" in batch for batch in batches) else "sequence"
     masks = [model.token_masks(batch, tokens) for batch in batches]
     vision, text = (sum(int(getattr(m, kind).sum()) for m in masks) for kind in ("vision", "text"))

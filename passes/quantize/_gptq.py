@@ -53,14 +53,16 @@ def gptq(
     """Round `w` so that the outputs on the inputs behind `h` change least.
 
     Args:
-        w: [out, in]. h: [in, in], ``2 E[x x^T]``, undamped. dtype: of the scales.
+        w: [out, in]. h: [in, in], ``2 E[x x^T]``, undamped; a float64 `h` has everything computed in float64.
+        dtype: of the scales.
         damp: share of the mean diagonal added to the diagonal; multiplied by ten until H is positive definite.
         act_order: ``static`` works through the columns by falling diag(H), with the groups' scales taken from the
             original weight beforehand (no group index at run time); ``none`` goes left to right and takes a group's
             scale when it is reached, from the weights as they then are.
         scale_search: choose scales by the least diag(H)-weighted error instead of the largest weight.
     """
-    original = w.detach().float()
+    precision = torch.float64 if h.dtype == torch.float64 else torch.float32
+    original = w.detach().to(precision)
     w = original.clone()
     diagonal = h.diagonal()
     dead = diagonal == 0
@@ -91,6 +93,7 @@ def gptq(
     else:
         order = torch.arange(columns, device=w.device)
         grids: list[Grid] = []
+    factor = factor.to(precision)
     rest = w[:, order]
     rounded = torch.empty_like(rest)
     for start in range(0, columns, blocksize):
@@ -108,7 +111,7 @@ def gptq(
                     grids.append(grid_of(now, -1, diagonal[column : column + size]))
                 here = grids[-1]
             value = block[:, i : i + 1]
-            q = dequantize(quantize(value, here), here)
+            q = dequantize(quantize(value, here), here).to(precision)
             rounded[:, column : column + 1] = q
             error = (value - q) / local[i, i]
             block[:, i:] -= error * local[i : i + 1, i:]
@@ -121,13 +124,13 @@ def gptq(
     else:
         zero = None if symmetric else torch.cat([g.zero for g in grids if g.zero is not None], 1)
         grid = Grid(bits, group, symmetric, torch.cat([g.scale for g in grids], 1), zero)
-    return Solved(rounded, grid, *layer_error(original, rounded, h), retries, int(dead.sum()))
+    return Solved(rounded.float(), grid, *layer_error(original, rounded, h), retries, int(dead.sum()))
 
 
 def inverse_factor(h: torch.Tensor, damp: float) -> tuple[torch.Tensor | None, int]:
-    """The upper Cholesky factor of the inverse of `h` with damping, float32 [in, in], and how often damping was raised.
+    """The upper Cholesky factor of the inverse of `h` with damping, [in, in], and how often damping was raised.
 
-    Computed in float64; columns without input get a 1 on the diagonal. None if H never becomes positive definite.
+    Float64; columns without input get a 1 on the diagonal. None if H never becomes positive definite.
     """
     full = h.double().clone()
     diagonal = full.diagonal()
@@ -141,7 +144,7 @@ def inverse_factor(h: torch.Tensor, damp: float) -> tuple[torch.Tensor | None, i
         if int(info) == 0:
             upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if int(info) == 0 and torch.isfinite(upper).all():
-                return upper.float(), retry
+                return upper, retry
     return None, MOST_RETRIES
 
 

@@ -30,6 +30,10 @@ def test_layer_error_equals_the_naive_algorithms(bits, group, symmetric, act_ord
     expected, error = oracle.gptq(w, h, bits, group, symmetric, act_order=act_order == "static")
     # float32 against float64: at 8 bits the steps are so small that a rounding falls the other way now and then
     assert solved.error == pytest.approx(error, rel=1e-4 if bits < 8 else 1e-3)
+    exact = gptq(
+        w, h.double(), bits=bits, group=group, symmetric=symmetric, dtype=BF16, act_order=act_order, blocksize=40
+    )
+    assert exact.error == pytest.approx(error, rel=1e-4), "at 8 bits too"
     assert (solved.weight.double() == expected).double().mean() > 0.999
     assert on_grid(solved.weight, solved.grid) and not solved.fallback and solved.dead == len(dead)
 

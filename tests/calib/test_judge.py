@@ -1,0 +1,309 @@
+"""The judge on the demo model: figures against loops over single questions, and what is asked only once."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from svlm.calib import judge as judging
+from svlm.calib.dataset import CalibrationSet, Sample
+from svlm.calib.encode import Encoder
+from svlm.calib.judge import Judge, Measurement
+from svlm.calib.metrics.pairs import detectable, mcnemar, paired_bootstrap
+from svlm.compress.anatomy import ModelView, view_of
+from svlm.compress.errors import WorkFailed
+from svlm.compress.gate import Gate
+from svlm.compress.report.rows import quality_row, tag_rows
+from svlm.compress.storage import load_model
+from tests import zoo
+from tests.oracles import metrics as oracle
+
+BATCH = 16
+
+
+@pytest.fixture(scope="module")
+def original() -> ModelView:
+    return load_model("demo")
+
+
+@pytest.fixture(scope="module")
+def samples() -> list[Sample]:
+    return CalibrationSet.load("demo", fit=4, check=40).check
+
+
+def noisy(amount: float = 0.7) -> ModelView:
+    view = load_model("demo")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for ref in view.linears("language.mlp"):
+            weight = ref.module.weight
+            weight += torch.randn(weight.shape, generator=generator) * weight.std() * amount
+    return view
+
+
+@pytest.fixture(scope="module")
+def worse() -> ModelView:
+    return noisy()
+
+
+@pytest.fixture(scope="module")
+def judge(original: ModelView, samples: list[Sample]) -> Judge:
+    return Judge(samples, Encoder(original.processor), original, batch_size=BATCH)
+
+
+@pytest.fixture(scope="module")
+def measured(judge: Judge, worse: ModelView) -> Measurement:
+    return judge.measure(worse)
+
+
+@contextmanager
+def forwards(view: ModelView) -> Iterator[list[int]]:
+    """One entry for every forward of the decoder inside the `with`."""
+    seen: list[int] = []
+    handle = view.decoder.register_forward_pre_hook(lambda *_: seen.append(1))
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+# ------------------------------------------------------------------------------------------------------------- figures
+
+
+def test_an_identical_model_loses_nothing(judge: Judge, samples: list[Sample]) -> None:
+    quality = judge.measure(load_model("demo")).quality
+    match = quality["exact_match"]
+    assert quality["kl"] == quality["kl_p99"] == 0.0 and quality["agreement"] == 1.0
+    assert match["delta"] == 0.0 and match["ci95"] == [0.0, 0.0] and match["mcnemar_p"] == 1.0
+    assert match["right_to_wrong"] == match["wrong_to_right"] == quality["flips"] == 0
+    assert match["value"] == match["reference"] > 0.8, "the demo model can do something"
+    assert quality["n"] == 40 and quality["n_images"] == len({s.image_id for s in samples})
+
+
+def test_divergences_equal_loops_over_single_questions(
+    measured: Measurement, original: ModelView, worse: ModelView, samples: list[Sample]
+) -> None:
+    encoder = Encoder(original.processor)
+    kl, same, chosen = [], [], []
+    for sample in samples:
+        batch = encoder.encode([sample])
+        pairs = zip(oracle.answer_rows(original.model, batch, True), oracle.answer_rows(worse.model, batch, True))
+        for (teacher, label), (student, _) in pairs:
+            kl.append(oracle.kl(teacher, student))
+            same.append(oracle.best(teacher) == oracle.best(student))
+            chosen.append(oracle.log_softmax(student)[label])
+    quality = measured.quality
+    assert quality["kl"] == pytest.approx(sum(kl) / len(kl), rel=1e-3) and quality["kl"] > 0.01
+    assert max(kl) >= quality["kl_p99"] * 0.999 > quality["kl"]
+    assert quality["agreement"] == pytest.approx(sum(same) / len(same)) and quality["agreement"] < 1
+    assert quality["perplexity"] == pytest.approx(2.718281828 ** (-sum(chosen) / len(chosen)), rel=1e-4)
+
+
+def test_answers_are_those_of_generate_alone(
+    measured: Measurement, original: ModelView, worse: ModelView, samples: list[Sample]
+) -> None:
+    encoder = Encoder(original.processor)
+    for sample, item in list(zip(samples, measured.items))[::5]:
+        inputs = encoder.prompts([sample])
+        for view, key in ((worse, "answer"), (original, "reference_answer")):
+            made = view.model.generate(**inputs, do_sample=False, max_new_tokens=12)
+            assert item[key] == encoder.decode(made[:, inputs["input_ids"].shape[1] :])[0]
+        assert item["id"] == sample.id and item["image_id"] == sample.image_id
+
+
+def test_figures_follow_from_the_items(measured: Measurement, samples: list[Sample]) -> None:
+    quality, items = measured.quality, measured.items
+    match = quality["exact_match"]
+    lost = sum(i["reference_correct"] and not i["correct"] for i in items)
+    won = sum(i["correct"] and not i["reference_correct"] for i in items)
+    assert (match["right_to_wrong"], match["wrong_to_right"]) == (lost, won) and lost > 0
+    assert quality["flips"] == (lost + won) / 40
+    assert match["value"] == sum(i["correct"] for i in items) / 40
+    assert match["delta"] == pytest.approx((won - lost) / 40) == pytest.approx(match["value"] - match["reference"])
+    pairs = ([i["reference_correct"] for i in items], [i["correct"] for i in items], [i["image_id"] for i in items])
+    assert match["ci95"] == list(paired_bootstrap(*pairs)) and match["ci95"][0] <= match["delta"] <= match["ci95"][1]
+    assert match["mcnemar_p"] == mcnemar(lost, won) and quality["detectable"] == detectable(lost + won, 40)
+    kinds = quality["by_tag"]["kind"]
+    assert sum(k["n"] for k in kinds.values()) == 40
+    assert sum(k["n"] * k["delta"] for k in kinds.values()) == pytest.approx(won - lost)
+    for name, numbers in kinds.items():
+        mine = [i["correct"] for i, s in zip(items, samples) if s.tags["kind"] == name]
+        assert numbers["value"] == sum(mine) / len(mine) and numbers["n"] == len(mine)
+
+
+def test_the_report_and_the_gate_can_read_it(measured: Measurement) -> None:
+    quality = json.loads(json.dumps(measured.quality, allow_nan=False))
+    assert quality == measured.quality and json.loads(json.dumps(measured.items)) == measured.items
+    assert not Gate("kl", max=0.0).judge(quality)[0] and Gate("exact_match", max_drop=1.0).judge(quality)[0]
+    assert None not in quality_row(quality).values()
+    stage = {"index": 0, "pass": None, "verdict": "baseline", "quality": quality}
+    assert {row["tag"] for row in tag_rows({"stages": [stage]})} == set(quality["by_tag"])
+
+
+def test_measuring_twice_gives_the_same(judge: Judge, worse: ModelView, measured: Measurement) -> None:
+    again = judge.measure(worse)
+    assert again.quality == measured.quality and again.items == measured.items
+
+
+def test_a_larger_model_is_scored_in_parts_with_a_shortened_reference(
+    original: ModelView,
+    worse: ModelView,
+    samples: list[Sample],
+    measured: Measurement,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setattr(judging, "FULL_BYTES", 20_000)  # passed after the first few questions
+    monkeypatch.setattr(judging, "TOP", 8)
+    monkeypatch.setattr(judging, "LOGIT_BYTES", 300_000)  # a few questions a forward
+    short = Judge(samples, Encoder(original.processor), original, tmp_path, batch_size=BATCH)
+    rows: list[int] = []
+    note = worse.model.register_forward_pre_hook(
+        lambda _, __, given: rows.append(len(given["input_ids"])) if "labels" in given else None, with_kwargs=True
+    )
+    quality, full = short.measure(worse).quality, measured.quality
+    note.remove()
+    assert sum(rows) == 40 and max(rows) < BATCH / 2
+    values = short.reference().values
+    assert values.shape[1] == 8 and values.numel() * 4 < 20_000
+    assert 0.5 * full["kl"] < quality["kl"] <= full["kl"] * 1.001
+    assert quality["agreement"] == full["agreement"] and quality["exact_match"] == full["exact_match"]
+    assert quality["perplexity"] == pytest.approx(full["perplexity"], rel=1e-4)
+    second = Judge(samples, Encoder(original.processor), original, tmp_path, batch_size=BATCH)
+    assert second.measure(worse).quality == quality
+
+
+def test_an_alternative_answer_may_be_long(original: ModelView, samples: list[Sample]) -> None:
+    long = " ".join(["bear"] * 20)
+    some = [dataclasses.replace(samples[0], answers=("bear", long)), *samples[1:3]]
+    assert Judge(some, Encoder(original.processor), original)._new_tokens >= 21
+    assert Judge(samples, Encoder(original.processor), original)._new_tokens < 16
+
+
+# ------------------------------------------------------------------------------------------------------------- refusal
+
+
+def test_logits_that_are_not_finite_name_the_sample(judge: Judge, samples: list[Sample]) -> None:
+    broken = load_model("demo")
+    (word,) = broken.processor.tokenizer("colour", add_special_tokens=False)["input_ids"]
+    head = broken.model.lm_head
+    head.weight = torch.nn.Parameter(
+        head.weight.detach().clone()
+    )  # only whoever reads the word is hit, not who says it
+    with torch.no_grad():
+        broken.model.get_input_embeddings().weight[word] = float("nan")
+    asked = [s.id for s in samples if "colour" in (s.question or "")]
+    with pytest.raises(WorkFailed, match="not finite") as caught:
+        judge.measure(broken)
+    assert 0 < len(asked) < 20 and any(f"sample {name}:" in str(caught.value) for name in asked)
+
+
+# --------------------------------------------------------------------------------------------------------------- cache
+
+
+def test_the_original_is_asked_once(
+    original: ModelView, worse: ModelView, samples: list[Sample], measured: Measurement, tmp_path: Path
+) -> None:
+    some = samples[:12]
+
+    def measure(samples: list[Sample], view: ModelView = original) -> tuple[int, dict[str, Any]]:
+        with forwards(view) as seen:
+            quality = Judge(samples, Encoder(original.processor), view, tmp_path).measure(worse).quality
+        return len(seen), quality
+
+    first, quality = measure(some)
+    assert first > 0 and len(list(tmp_path.iterdir())) == 2
+    assert measure(some) == (0, quality)
+    other = load_model("demo")
+    with torch.no_grad():
+        other.linears("language")[0].module.weight[0, 0] += 1
+    assert measure(some, other)[0] > 0, "another original"
+    assert measure([dataclasses.replace(some[0], answers=("bear",)), *some[1:]])[0] > 0, "another answer"
+    assert measure([dataclasses.replace(some[0], images=some[-1].images), *some[1:]])[0] > 0, "another picture"
+    for file in tmp_path.glob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:-8])
+    assert measure(some) == (first, quality), "a file that was cut off is made anew"
+    assert measure(some) == (0, quality)
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+def test_samples_without_answers_get_the_originals_own(
+    original: ModelView, worse: ModelView, samples: list[Sample], tmp_path: Path
+) -> None:
+    bare = [dataclasses.replace(s, answers=()) for s in samples[:10]]
+    encoder = Encoder(original.processor)
+    judge = Judge([*bare, *samples[10:12]], encoder, original, tmp_path)
+    assert judge.answers_from_original == 10
+    filled = judge.answered([*bare, samples[20]])
+    assert filled[-1] is samples[20] and all(len(s.answers) == 1 for s in filled)
+    assert [dataclasses.replace(s, answers=()) for s in filled[:-1]] == bare
+    with forwards(original) as seen:
+        assert judge.answered(bare) == filled[:-1]
+    assert not seen, "asked once"
+    quality = judge.measure(load_model("demo")).quality
+    assert quality["exact_match"]["delta"] == 0 and quality["kl"] == 0
+    alone = Judge(bare, encoder, original)
+    assert alone.measure(original).quality["exact_match"]["reference"] == 1.0
+    again = Judge([*bare, *samples[10:12]], encoder, original, tmp_path)
+    with forwards(original) as seen:
+        assert again.answered(bare) == filled[:-1]
+        again.measure(worse)
+    assert not seen, "kept across runs"
+
+
+# ------------------------------------------------------------------------------------------- decoders of their own kind
+
+
+class Ready:
+    """An encoder whose batches are there already: sample i is row i."""
+
+    def __init__(self, batch: dict[str, torch.Tensor]) -> None:
+        self.batch = batch
+        self.tokenizer = lambda texts, add_special_tokens: {"input_ids": [t.split() for t in texts]}
+
+    def encode(self, samples: list[Sample], answers: bool = True) -> dict[str, torch.Tensor]:
+        rows = [int(s.id) for s in samples]
+        return {k: v[rows] for k, v in self.batch.items()}
+
+    def prompts(self, samples: list[Sample]) -> dict[str, torch.Tensor]:
+        return {k: v for k, v in self.encode(samples).items() if k != "labels"}
+
+    def decode(self, ids: torch.Tensor) -> list[str]:
+        return [" ".join(map(str, row)) for row in ids.tolist()]
+
+
+@pytest.mark.parametrize("family", ["trocr", "florence-2", "blip-2", "paligemma"])
+def test_logits_and_labels_meet_as_the_family_has_them(family: str) -> None:
+    batch = zoo.batch(family)
+    if family == "paligemma":  # its mask is causal over the answer only where token types say so
+        batch["token_type_ids"] = (batch["labels"] != -100).long()
+    teacher, student = view_of(zoo.model(family)), view_of(zoo.model(family, seed=1))
+    samples = [Sample(str(i), str(i), (), "?", ("7 8",), {}, None) for i in range(2)]
+    encoder: Any = Ready(batch)
+    judge = Judge(samples, encoder, teacher)
+    measurement = judge.measure(student)
+    shifted = not teacher.family.seq2seq
+    rows = [oracle.answer_rows(v.model, batch, shifted) for v in (teacher, student)]
+    expected = [oracle.kl(t, s) for (t, _), (s, _) in zip(*rows)]
+    assert measurement.quality["kl"] == pytest.approx(sum(expected) / len(expected), rel=1e-3)
+    assert judge.measure(teacher).quality["kl"] == 0
+    assert 0 < len(measurement.items[0]["answer"].split()) <= 8, "the answer alone, without the prompt"
+
+
+def test_progress_is_told(judge: Judge, worse: ModelView) -> None:
+    told = SimpleNamespace(total=0, steps=0, ended=False)
+    progress: Any = SimpleNamespace(
+        start=lambda what, total: setattr(told, "total", total),
+        step=lambda n=1, note="": setattr(told, "steps", told.steps + n),
+        done=lambda: setattr(told, "ended", True),
+    )
+    judge.measure(worse, progress)
+    assert told.steps == told.total == 2 * 3 and told.ended
