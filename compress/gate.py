@@ -105,8 +105,8 @@ class Gate:
         """Whether `quality` (report.json's `quality`) holds the gate, and one sentence that says why."""
         measured = quality[self.metric]
         if self.metric == "exact_match":
-            lost, allowed = -measured["delta"], self.max_drop
-            low, high = (-100 * b for b in reversed(measured["ci95"]))
+            lost, allowed = 0.0 - measured["delta"], self.max_drop
+            low, high = (0.0 - 100 * b for b in reversed(measured["ci95"]))
             says = f"exact match lost {100 * lost:.2f} points (95 % interval {low:.2f} to {high:.2f})"
         elif self.metric == "agreement":
             lost, allowed = 1.0 - measured, self.max_drop

@@ -119,6 +119,13 @@ class RunFolder:
         label = step.name if step is not None else "baseline"
         return StageFolder(self.work / "stages" / f"{index:02d}-{label}-{key[:16]}", self.work / "scratch" / key[:16])
 
+    def abandon(self) -> None:
+        """Leave nothing behind of a run that was refused before its first stage."""
+        if not (self.work / "stages").exists():
+            shutil.rmtree(self.work, ignore_errors=True)
+            if not any(self.out.iterdir()):
+                self.out.rmdir()
+
     def tidy(self) -> None:
         """Drop what only a resume would need."""
         shutil.rmtree(self.work / "stages", ignore_errors=True)

@@ -100,8 +100,12 @@ def compress_model(
         original, samples, cache_dir=run.reference, batch_size=o.batch_size, latency=o.latency, progress=o.progress
     )
     load_options = {"rows": o.rows, "trust_remote_code": o.trust_remote_code}
-    if o.rehearse and not o.resume:
-        preflight(plan, original, bench, run.out, find, load_options)
+    try:
+        if o.rehearse and not o.resume:
+            preflight(plan, original, bench, run.out, find, load_options)
+    except BaseException:
+        run.abandon()
+        raise
     pipeline = Pipeline(plan, find, o.progress, o.on_stage, load_options)
     outcome = pipeline.run(original, bench, run)
     report = _finish(outcome, original, bench, run, data, o)
