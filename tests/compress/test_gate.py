@@ -17,7 +17,7 @@ def quality(delta=0.0, agreement=1.0, kl=0.0, perplexity=1.0):
 def test_exact_match_bounds_the_drop_against_the_original(delta, holds):
     passed, says = Gate("exact_match", max_drop=0.02).judge(quality(delta=delta))
     assert passed is holds
-    assert f"{-100 * delta:.2f} points" in says and "95 % interval" in says
+    assert f"lost {0.0 - 100 * delta:.2f} points" in says and "95 % interval" in says
 
 
 def test_other_metrics():
