@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 RECIPE = """
@@ -44,16 +45,22 @@ def weights(out: Path) -> dict[str, str]:
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
-def run_and_kill(arguments: list[str], after: float) -> bool:
-    """Start, wait, SIGKILL the process group. True if it was still running."""
+def run_and_kill(arguments: list[str], now: Callable[[], bool]) -> bool:
+    """Start, SIGKILL the process group as soon as `now()` holds. True if it was still running then."""
     child = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    try:
-        child.wait(timeout=after)
-        return False
-    except subprocess.TimeoutExpired:
-        os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
-        return True
+    while child.poll() is None:
+        if now():
+            os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+            return True
+        time.sleep(0.002)
+    return False
+
+
+def after(seconds: float) -> Callable[[], bool]:
+    """Holds from so many seconds on."""
+    end = time.perf_counter() + seconds
+    return lambda: time.perf_counter() >= end
 
 
 def stage_reached(out: Path) -> str:
@@ -84,7 +91,7 @@ def main() -> int:
         rows = []
         for trial in range(options.kills):
             out, instant = folder / f"trial{trial}", draw.uniform(0.0, length)
-            killed = run_and_kill(command(recipe, out), instant)
+            killed = run_and_kill(command(recipe, out), after(instant))
             where = stage_reached(out)
             done = subprocess.run(command(recipe, out, "--resume"), capture_output=True, text=True, check=False)
             same = done.returncode == 0 and weights(out) == wanted

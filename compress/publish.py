@@ -13,7 +13,7 @@ from typing import Any
 from .base import Json
 from .errors import WorkFailed
 from .stages import RunFolder
-from .storage import LEDGER_FILE, disk_errors, read_json, sync, weight_bytes
+from .storage import LEDGER_FILE, disk_errors, read_json, sync, weight_bytes, write_json
 
 _CHILD = "import sys; from svlm.passes.api import answer_probe; answer_probe(*sys.argv[1:])"
 
@@ -34,10 +34,13 @@ def publish(model: Path, run: RunFolder) -> int:
             raise
         for path in sorted(staging.iterdir()):
             sync(path)
-        (run.out / LEDGER_FILE).unlink(missing_ok=True)
-        for stale in [p for p in run.out.iterdir() if p.is_file()]:
-            stale.unlink()
         names = sorted((p.name for p in staging.iterdir()), key=lambda name: (name == LEDGER_FILE, name))
+        published = run.work / "published.json"
+        earlier = [Path(name).name for name in (read_json(published) if published.is_file() else [])]
+        (run.out / LEDGER_FILE).unlink(missing_ok=True)
+        write_json(published, sorted({*earlier, *names}))
+        for stale in {*earlier} - {*names}:  # what an earlier run left; a file of the user's own stays
+            (run.out / stale).unlink(missing_ok=True)
         for name in names:
             os.replace(staging / name, run.out / name)
         staging.rmdir()

@@ -2,13 +2,13 @@
 
 ::
 
-    OUT/.svlm/run.json                      what this run is: recipe, model, data, versions
     OUT/.svlm/reference/                    what the original model answers, cached by fingerprint
     OUT/.svlm/stages/02-quantize.gptq-1f3a.../applied/model/      the model after the pass, appears whole
                                               applied/apply.json    what `apply` returned
                                               stage.json            the measured stage: the mark that it is finished
                                               items.json            the answer to every check question
     OUT/.svlm/scratch/1f3a.../              the blocks that a pass in progress has finished
+    OUT/.svlm/published.json                the files in OUT that are svlm's, so that a later run may replace them
 
 A stage's key is a hash of all that it depends on, chained from stage to stage: a changed recipe, model or data
 invalidates what depends on it and nothing else.
@@ -109,7 +109,8 @@ class RunFolder:
                 change="--resume goes on with it, --overwrite starts afresh",
             )
         if held and overwrite and not resume:
-            shutil.rmtree(self.work, ignore_errors=True)
+            for part in ("stages", "scratch", "reference"):
+                shutil.rmtree(self.work / part, ignore_errors=True)
         write_whole(
             self.work / "README",
             "Stages of an svlm run; --resume needs them. Safe to delete when the run is finished.\n",
@@ -120,8 +121,8 @@ class RunFolder:
         return StageFolder(self.work / "stages" / f"{index:02d}-{label}-{key[:16]}", self.work / "scratch" / key[:16])
 
     def abandon(self) -> None:
-        """Leave nothing behind of a run that was refused before its first stage."""
-        if not (self.work / "stages").exists():
+        """Leave nothing behind of a run that was refused before its first stage; what an earlier one left stays."""
+        if not (self.work / "stages").exists() and not (self.work / "published.json").exists():
             shutil.rmtree(self.work, ignore_errors=True)
             if not any(self.out.iterdir()):
                 self.out.rmdir()

@@ -28,8 +28,6 @@ from ..compress.stages import RunFolder
 from ..recipes import SHIPPED
 from . import find
 
-RUN_FILE = "run.json"
-
 
 def load_view(
     spec: str | Path,
