@@ -47,7 +47,6 @@ def recipe(tmp_path: Path) -> Callable[[Any], Path]:
     return writes
 
 
-
 def test_help_teaches_with_examples_in_the_order_of_use(run: Run) -> None:
     code, out, _ = run("--help")
     assert code == 0
@@ -82,7 +81,6 @@ def test_wrong_usage_is_exit_code_2(run: Run, arguments: list[str], words: str) 
     assert "Traceback" not in err
 
 
-
 def test_passes_lists_the_menu(run: Run) -> None:
     code, out, _ = run("passes")
     assert code == 0
@@ -109,7 +107,6 @@ def test_an_unknown_pass_is_answered_with_the_nearest(run: Run) -> None:
     code, _, err = run("passes", "quantize.gptk")
     assert code == 2
     assert "did you mean 'quantize.gptq'" in err
-
 
 
 @pytest.mark.parametrize("name", ["default", "int4", "tokens-half", "tiny"])
@@ -174,7 +171,6 @@ def test_data_is_asked_for_unless_the_model_is_the_demo(run: Run, tmp_path: Path
     assert code == 2
     assert "say which data" in err
     assert not (tmp_path / "out").exists()
-
 
 
 def _stub(monkeypatch: pytest.MonkeyPatch, error: BaseException | None, *, leaves_report: bool = True) -> list[Any]:
@@ -269,7 +265,6 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
     assert errors == ""
 
 
-
 def test_report_prints_table_markdown_or_json(run: Run, tmp_path: Path) -> None:
     write(tmp_path, reports.report(), [])
     code, out, _ = run("report", tmp_path)
@@ -289,7 +284,6 @@ def test_report_refuses_what_it_cannot_do(run: Run, tmp_path: Path) -> None:
     assert code == 2
     assert "no report here" in err
     assert run("report", tmp_path, "--json", "--markdown")[0] == 2
-
 
 
 def test_inspect_shows_the_anatomy_of_a_folder(run: Run, tmp_path: Path) -> None:
@@ -315,7 +309,6 @@ def test_inspect_says_what_is_wrong_with_a_folder(run: Run, tmp_path: Path) -> N
     code, _, err = run("inspect", "demo", "--anatomy", tmp_path / "row.yaml")
     assert code == 2
     assert "did you mean 'name'" in err
-
 
 
 @pytest.fixture(scope="module")
