@@ -138,7 +138,7 @@ def cli() -> None:
     """Turn a full vision-language model into a small one, verified after every pass.
 
     \b
-    Try it on the model that ships, about ten minutes on a laptop:
+    Try it on the model that ships, about two minutes on a laptop:
       svlm compress demo -r default -o runs/demo
       svlm report runs/demo
 

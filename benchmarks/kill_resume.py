@@ -2,9 +2,9 @@
 
     python benchmarks/kill_resume.py --kills 20 --seed 0 --json benchmarks/kill_resume.json
 
-Each trial starts `svlm compress` in a process of its own and sends SIGKILL to the whole process group after a time drawn
-uniformly: three in four between the first stage on disk and the end of the undisturbed run, the others before (start-up
-and rehearsal). Then it runs again with `--resume`. Exit code 1 if any weight differs.
+Each trial starts `svlm compress` in a process of its own and sends SIGKILL to the whole process group after a time
+drawn uniformly: three in four between the first stage on disk and the end of the undisturbed run, the others before
+(start-up and rehearsal). Then it runs again with `--resume`. Exit code 1 if any weight differs.
 """
 
 from __future__ import annotations

@@ -62,11 +62,13 @@ def page() -> Page:
 
 
 def test_the_verdict_says_size_accuracy_interval_and_flips() -> None:
-    first, second, third = headline(reports.report())
+    first, second, third, fourth = headline(reports.report())
     assert first == "demo is now 4.49 times smaller: 7.82 MB before, 1.74 MB after."
     assert "on 512 questions: 91.4 % before, 90.2 % after, a change of −1.2 points" in second
     assert "95 % interval −2.5 to +0.2" in second
     assert third == "12 answers went from right to wrong, 6 from wrong to right."
+    tried = "was tried with bits 3 (−4.1 points), then bits 4 (−1.2 points); the last was taken"
+    assert fourth == f"Stage 3, quantize.gptq, {tried}."
 
 
 def test_a_stopped_run_says_where_why_and_what_is_left() -> None:

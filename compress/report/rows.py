@@ -120,12 +120,26 @@ def headline(report: Mapping[str, Any]) -> list[str]:
         )
         worse, better = _answers(last["right_to_wrong"]), last["wrong_to_right"]
         sentences.append(f"{worse} went from right to wrong, {better} from wrong to right.")
+    sentences += [_retried(stage) for stage in report["stages"] if stage.get("tries")]
     if stop is not None:
         because = f": {stop['says']}" if stop["says"] else ""
         held = "the original" if last["index"] == 0 else f"the result of stage {last['index']} ({last['pass']})"
         place = f"stage {stop['index']}, {stop['pass']}"
         sentences.append(f"The run stopped at {place}{because}. What lies here is {held}.")
     return sentences
+
+
+def _retried(stage: Mapping[str, Any]) -> str:
+    """Which settings of a stage were tried in turn, and what each lost: only those settings that changed."""
+    tries = [*stage["tries"], stage]
+    changed = {k for t in tries for k, v in t["settings"].items() if v != stage["tries"][0]["settings"].get(k)}
+    told = []
+    for attempt in tries:
+        row = quality_row(attempt.get("quality") or {})
+        settings = settings_text({k: v for k, v in attempt["settings"].items() if k in changed})
+        told.append(f"{settings} ({points(row['delta'])} points)")
+    outcome = "the last was taken" if stage["verdict"] in IN_EFFECT else "none held the gate"
+    return f"Stage {stage['index']}, {stage['pass']}, was tried with {', then '.join(told)}; {outcome}."
 
 
 def _answers(count: int | None) -> str:

@@ -43,8 +43,8 @@ class Logits(Pass):
             train their norms too.
         weight_decay: AdamW's.
         seed: of the order of batches and of LoRA's start.
-        data: ``fit``: the fit split, again and again. ``recovery``: fresh samples without end, where the data has such
-            a source (the demo's generator).
+        data: ``fit``: the fit split, again and again. ``recovery``: fresh samples without end, from a source that makes
+            them (the demo's generator). ``auto``: recovery where the data has it, else fit.
     """
 
     name: ClassVar[str] = "distill.logits"
@@ -61,7 +61,7 @@ class Logits(Pass):
     where: tuple[str, ...] | str | None = None
     weight_decay: float = 0.0
     seed: int = 0
-    data: Literal["fit", "recovery"] = "fit"
+    data: Literal["auto", "fit", "recovery"] = "auto"
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "lora_rank"):
@@ -121,7 +121,8 @@ class Logits(Pass):
                 for parameter in trained:
                     parameter.requires_grad_(True)
                 course = train(model, teacher, trained, batches, validation, plan, ctx.progress)
-        return Notes(self._numbers(course, trained, share), {})
+        used = "fit" if self.data == "fit" or ctx.recovery is None else "recovery"
+        return Notes({"data": used} | self._numbers(course, trained, share), {})
 
     def ensures(self, model: ModelView) -> None:
         import torch
@@ -159,9 +160,8 @@ class Logits(Pass):
             masks = model.token_masks(batch)
             real, answers = real + int((~masks.padding).sum()), answers + int(masks.answer.sum())
         share = answers / max(1, real)
-        if self.data == "recovery":
-            recovery = ctx.recovery
-            assert recovery is not None
+        recovery = ctx.recovery
+        if self.data != "fit" and recovery is not None:
             fresh = endless(lambda: recovery(self.batch_size))
             count = max(1, VALIDATION // self.batch_size)
             return (b for b in fresh if has_answer(model, b)), fit[:count], fit[:count], share

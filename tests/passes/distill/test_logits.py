@@ -169,6 +169,8 @@ def test_recovery_data_are_used_and_validated_on_the_fit_split() -> None:
     before = divergence(student, teacher, fit[0])
     notes = distilled(replace(QUICK, data="recovery"), student, context(teacher, fit, recovery))
     assert asked == [2] * 12 and notes.numbers["kl_first"] == pytest.approx(before, rel=1e-4)
+    assert notes.numbers["data"] == "recovery"
+    assert distilled(replace(QUICK, data="auto"), student, context(teacher, fit)).numbers["data"] == "fit"
     with pytest.raises(Unmet, match="no recovery data"):
         replace(QUICK, data="recovery").requires(student, context(teacher, fit))
     with pytest.raises(WorkFailed, match="no samples"):
