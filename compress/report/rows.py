@@ -107,9 +107,14 @@ def headline(report: Mapping[str, Any]) -> list[str]:
     sentences = []
     if last["index"] == 0:
         sentences.append(f"Nothing of {name} was changed.")
-    elif last["ratio"]:
-        times = f"{last['ratio']:.2f} times smaller" if last["ratio"] >= 1.005 else "not smaller"
+    elif last["ratio"] and last["ratio"] >= 1.005:
+        times = f"{last['ratio']:.2f} times smaller"
         sentences.append(f"{name} is now {times}: {size(first['bytes'])} before, {size(last['bytes'])} after.")
+    elif last["ratio"]:
+        sentences.append(f"{name} takes {size(last['bytes'])} now, {size(first['bytes'])} before.")
+    if last["visual_tokens"] != first["visual_tokens"]:
+        now, before = amount(last["visual_tokens"]), amount(first["visual_tokens"])
+        sentences.append(f"An image is {now} visual tokens now, {before} before.")
     if last["index"] and last["exact_match"] is not None:
         questions = (report.get("data") or {}).get("check")
         asked = f" on {questions:,} questions" if questions else ""
