@@ -89,15 +89,18 @@ def llmcompressor(model: nn.Module, batches: list[Batch], o: argparse.Namespace)
 
 def gptqmodel(model: nn.Module, batches: list[Batch], o: argparse.Namespace) -> nn.Module:
     import os
+    import tempfile
 
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
-    from gptqmodel import GPTQModel, QuantizeConfig
+    from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
 
     config = QuantizeConfig(bits=o.bits, group_size=o.group, desc_act=False, sym=True, device="cpu")
     wrapped = GPTQModel.load(str(o.model), config, torch_dtype=torch.float32)
     type(wrapped).prepare_dataset = lambda self, calibration_dataset, **_: calibration_dataset
     wrapped.quantize(batches, batch_size=1)
-    return wrapped.model
+    with tempfile.TemporaryDirectory() as folder:  # in memory its modules are on "meta" now
+        wrapped.save(folder)
+        return GPTQModel.load(folder, backend=BACKEND.TORCH, device="cpu").model
 
 
 def auto_round(model: nn.Module, batches: list[Batch], o: argparse.Namespace) -> nn.Module:
