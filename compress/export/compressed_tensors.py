@@ -41,14 +41,14 @@ PLAIN_FILE = "svlm_plain_grids.safetensors"  # scales and zero points of linears
 
 def plain_paths(view: ModelView) -> set[str]:
     """The linears on a grid that are saved unpacked, so that stock transformers loads the rest: see above."""
-    weights: dict[tuple[int, int, bool], int] = {}
+    kinds = {(grid.bits, grid.group, grid.symmetric) for grid in view.grids.values()}
+    if len(kinds) < 2 or len({(bits, symmetric) for bits, _, symmetric in kinds}) > 1:
+        return set()
+    if all(symmetric for _, _, symmetric in kinds) and not _initialised_through_weight(view, view.grids):
+        return set()
+    weights = dict.fromkeys(sorted(kinds), 0)
     for path, grid in view.grids.items():
-        kind = (grid.bits, grid.group, grid.symmetric)
-        weights[kind] = weights.get(kind, 0) + view.linear(path).module.weight.numel()
-    if len(weights) < 2 or len({(bits, symmetric) for bits, _, symmetric in weights}) > 1:
-        return set()
-    if all(symmetric for _, _, symmetric in weights) and not _initialised_through_weight(view, view.grids):
-        return set()
+        weights[grid.bits, grid.group, grid.symmetric] += view.linear(path).module.weight.numel()
     most = max(weights, key=lambda kind: weights[kind])
     return {path for path, grid in view.grids.items() if (grid.bits, grid.group, grid.symmetric) != most}
 

@@ -106,7 +106,7 @@ class GPTQ(Pass):
             for stage in unit.stages if self.true_sequential else (unit.linears,):
                 if twin:
                     before = twin.inputs(stage, self.token_weights)
-                    stats = {}
+                    stats: dict[LinearRef, Hessian] = {}
                     for same in _by_input(stage):
                         pair = functools.partial(Drift, before[same[0].path])
                         stats |= unit.observe(pair, same, self.token_weights)

@@ -83,7 +83,7 @@ class RTN(Pass):
         return Notes(numbers, {"linears": groups})
 
     def _round(self, model: ModelView, ref: LinearRef, importance: torch.Tensor | None) -> dict[str, Json]:
-        """Round one linear; `importance` [in], empty or all zero where no token ever came by: all inputs count alike."""
+        """Round one linear. `importance` [in]: all inputs count alike where it is empty or 0 (no token came by)."""
         from ...compress.runtime.grid import dequantize, quantize
         from ._rtn import absmax_grid, searched_grid
 
