@@ -23,7 +23,7 @@ from . import __version__
 from .anatomy import ModelView, view_of
 from .base import Json, Pass
 from .errors import ModelError, OutputError, WorkFailed
-from .export.compressed_tensors import packed_state, quantization_config, unpack_state
+from .export.compressed_tensors import PLAIN_FILE, packed_state, plain_grids, quantization_config, unpack_state
 from .families import Family
 from .ledger import SCHEMA, Ledger, Record
 
@@ -296,6 +296,7 @@ def save(view: ModelView, folder: str | Path) -> int:
 
     Linears that lie on a grid are stored packed (compressed-tensors), all other floating tensors in `storage_dtype`.
     """
+    from safetensors.torch import save_file
     from transformers.core_model_loading import revert_weight_conversion
 
     _quiet()
@@ -319,6 +320,10 @@ def save(view: ModelView, folder: str | Path) -> int:
             path: {"saved": saved_names[path], "bits": g.bits, "group": g.group, "symmetric": g.symmetric}
             for path, g in view.grids.items()
         }
+        if plain := plain_grids(view, saved_names):
+            save_file(plain, temporary / PLAIN_FILE)
+            for row in grids.values():
+                row["plain"] = f"{row['saved']}.weight_scale" in plain
         ledger = {
             "schema": SCHEMA,
             "svlm": __version__,

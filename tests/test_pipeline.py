@@ -200,12 +200,12 @@ def test_out_that_is_not_ours_is_left_alone(data, tmp_path):
 
 
 def test_the_rehearsal_finds_what_would_fail_later(data, tmp_path):
-    bad_group = recipe(
+    twice = recipe(
         {"quantize.rtn": {"bits": 4, "group": 64, "where": ["vision"]}},
-        {"quantize.gptq": {"bits": 4, "group": 100, "where": ["language"]}},
+        {"quantize.gptq": {"bits": 4, "group": 64, "where": ["vision.blocks[0]", "language"]}},
     )
-    with pytest.raises(Unmet, match="100"):
-        run(bad_group, data, tmp_path / "a")
+    with pytest.raises(Unmet, match="quantized already"):
+        run(twice, data, tmp_path / "a")
     with pytest.raises(SelectorError, match="langage"):
         run(recipe({"quantize.rtn": {"where": ["langage"]}}), data, tmp_path / "b")
     assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists(), "nothing is left of a run that was refused"

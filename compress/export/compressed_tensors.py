@@ -14,13 +14,16 @@ therefore a pattern of one linear that holds for both names.
 out exactly, zero points have the shape that they have on disk (the other way takes them for unpacked and fails), and
 towers that are initialised through `weight` (SigLIP) load too. transformers 5.23 reads ONE kind of grid this way (it
 would take the first for all); a model with several goes the other way, which loads neither zero points nor a packed
-SigLIP. `svlm.load` reads all of them.
+SigLIP. Where that would fail and the kinds differ in nothing but the group (a width that the group does not divide),
+the kind with the most weights is packed and the few other linears are saved as they are, in 16 bits, their scales
+apart in `PLAIN_FILE`, which transformers does not read. `svlm.load` reads all of them.
 """
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -33,12 +36,56 @@ from ..errors import ModelError, WorkFailed
 from ..runtime.grid import Grid, dequantize, off_grid, pack, quantize, unpack
 
 METHOD = "compressed-tensors"
+PLAIN_FILE = "svlm_plain_grids.safetensors"  # scales and zero points of linears on a grid that are not packed
+
+
+def plain_paths(view: ModelView) -> set[str]:
+    """The linears on a grid that are saved unpacked, so that stock transformers loads the rest: see above."""
+    kinds = {(grid.bits, grid.group, grid.symmetric) for grid in view.grids.values()}
+    if len(kinds) < 2 or len({(bits, symmetric) for bits, _, symmetric in kinds}) > 1:
+        return set()
+    if all(symmetric for _, _, symmetric in kinds) and not _initialised_through_weight(view, view.grids):
+        return set()
+    weights = dict.fromkeys(sorted(kinds), 0)
+    for path, grid in view.grids.items():
+        weights[grid.bits, grid.group, grid.symmetric] += view.linear(path).module.weight.numel()
+    most = max(weights, key=lambda kind: weights[kind])
+    return {path for path, grid in view.grids.items() if (grid.bits, grid.group, grid.symmetric) != most}
+
+
+def _initialised_through_weight(view: ModelView, paths: Iterable[str]) -> bool:
+    """Whether transformers' own initialisation, which runs while it loads, fails where these linears have no weight."""
+    with torch.device("meta"):
+        blank = type(view.model)(copy.deepcopy(view.model.config))
+    for path in paths:
+        blank.get_submodule(path)._parameters.pop("weight")
+    for module in blank.modules():
+        module.__dict__.pop("_is_hf_initialized", None)
+    try:
+        blank.initialize_weights()
+    except AttributeError:
+        return True
+    return False
+
+
+def plain_grids(view: ModelView, saved: Mapping[str, str]) -> dict[str, torch.Tensor]:
+    """What `PLAIN_FILE` holds, by saved name."""
+    tensors = {}
+    for path in sorted(plain_paths(view)):
+        grid = view.grids[path]
+        tensors[f"{saved[path]}.weight_scale"] = grid.scale.contiguous()
+        if grid.zero is not None:
+            tensors[f"{saved[path]}.weight_zero_point"] = grid.zero.to(torch.int8).contiguous()
+    return tensors
 
 
 def quantization_config(view: ModelView, saved: Mapping[str, str]) -> dict[str, Json]:
     """config.json's `quantization_config`. `saved`: module path -> the name that the checkpoint gives it."""
     kinds: dict[tuple[int, int, bool], list[str]] = {}
+    plain = plain_paths(view)
     for path, grid in view.grids.items():
+        if path in plain:
+            continue
         kinds.setdefault((grid.bits, grid.group, grid.symmetric), []).append(path)
     groups: dict[str, Json] = {}
     for number, ((bits, group, symmetric), paths) in enumerate(sorted(kinds.items())):
@@ -52,7 +99,8 @@ def quantization_config(view: ModelView, saved: Mapping[str, str]) -> dict[str, 
             "dynamic": False,
         }
         groups[f"group_{number}"] = {"targets": names, "weights": weights, "format": "pack-quantized"}
-    rest = {name for name, module in view.model.named_modules() if isinstance(module, nn.Linear)} - set(view.grids)
+    rest = {name for name, module in view.model.named_modules() if isinstance(module, nn.Linear)}
+    rest -= set(view.grids) - plain
     return {
         "quant_method": METHOD,
         "format": "pack-quantized",
@@ -77,13 +125,17 @@ def packed_state(view: ModelView, state: Mapping[str, torch.Tensor]) -> dict[str
         WorkFailed: a weight that should lie on its grid does not; packing it would change the model.
     """
     packed = dict(state)
+    plain = plain_paths(view)
     for path, grid in view.grids.items():
-        weight = packed.pop(f"{path}.weight").float()
+        weight = packed[f"{path}.weight"].float()
         share = off_grid(weight, grid)
         if share > 0:
             raise WorkFailed(
                 "a quantized weight is off its grid", where=path, found=f"{100 * share:.2f} % of its values"
             )
+        if path in plain:
+            continue
+        del packed[f"{path}.weight"]
         packed[f"{path}.weight_packed"] = pack(quantize(weight, grid), grid.bits)
         packed[f"{path}.weight_scale"] = grid.scale.contiguous()
         packed[f"{path}.weight_shape"] = torch.tensor(weight.shape, dtype=torch.int64)
@@ -98,7 +150,7 @@ def unpack_state(
     """The inverse: ordinary weights in the dtype of the scales, and the grids by saved name.
 
     Args:
-        rows: saved name -> bits, group, symmetric.
+        rows: saved name -> bits, group, symmetric, and whether it is `plain`, not packed.
 
     Raises:
         ModelError: a packed tensor is missing.
@@ -106,6 +158,10 @@ def unpack_state(
     state, grids = dict(tensors), {}
     for name, row in rows.items():
         try:
+            if row.get("plain"):
+                scale, zero = state.pop(f"{name}.weight_scale"), state.pop(f"{name}.weight_zero_point", None)
+                grids[name] = Grid(row["bits"], row["group"], row["symmetric"], scale, zero)
+                continue
             words, scale = state.pop(f"{name}.weight_packed"), state.pop(f"{name}.weight_scale")
             out, columns = (int(n) for n in state.pop(f"{name}.weight_shape"))
             zero = None

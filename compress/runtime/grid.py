@@ -26,7 +26,8 @@ class Grid:
     Attributes:
         bits: 2, 3, 4 or 8. group: input channels that share a scale, -1 for a whole row.
         symmetric: no zero point.
-        scale: [out, groups], in the dtype that weights are saved in. zero: [out, groups] int8, None where symmetric.
+        scale: [out, groups], in the dtype that weights are saved in; where symmetric it may be negative, which puts
+            the level -2^(b-1) on the positive side. zero: [out, groups] int8, None where symmetric.
     """
 
     bits: int

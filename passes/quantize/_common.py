@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ...compress.base import Context, Pass
-from ...compress.errors import PromiseBroken, Unmet
+from ...compress.base import Context, Json, Pass
+from ...compress.errors import PromiseBroken, Unmet, WorkFailed
 
 if TYPE_CHECKING:
     import torch
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 P = TypeVar("P", bound=Pass)
 LADDER = {2: 3, 3: 4, 4: 8}
+SMALLEST_GROUP = 16  # that a width which `group` does not divide falls back to
 
 
 def milder(step: P) -> P | None:
@@ -39,8 +41,30 @@ def check_settings(bits: int, group: int, symmetric: bool) -> None:
         raise ValueError(f"group is a number of input channels, or -1 for one scale a row, not {group}")
 
 
-def check_linears(step: Pass, model: ModelView, refs: Iterable[LinearRef], group: int) -> None:
-    """Raise Unmet where a linear is quantized already, is tied, or has a width that `group` does not divide."""
+def fitting_group(width: int, group: int) -> int:
+    """The group of a linear with `width` inputs where `group` was asked for.
+
+    `group` itself if it divides the width, else the largest of group/2, group/4, ... that does and is at least 16, else
+    -1, one scale a row (of 64, a width of 4304 gets 16, and one of 3420 gets -1).
+    """
+    size = group
+    while size != -1 and width % size:
+        size = size // 2 if size % 2 == 0 and size // 2 >= SMALLEST_GROUP else -1
+    return size
+
+
+def group_notes(groups: Mapping[str, int], group: int) -> dict[str, Json]:
+    """How many linears have which group. `groups`: path of a linear -> its group; `group`: what was asked for."""
+    count = Counter(groups.values())
+    sizes = {"row" if size == -1 else str(size): count[size] for size in sorted(count, reverse=True)}
+    return {"group_sizes": sizes, "linears_with_another_group": len(groups) - count[group]}
+
+
+def check_linears(step: Pass, model: ModelView, refs: Iterable[LinearRef], group: int = -1) -> None:
+    """Raise Unmet where a linear is quantized already, is tied, or has a width that `group` does not divide.
+
+    A pass that takes `fitting_group` of every width leaves `group` out.
+    """
     refs = tuple(refs)
     common = math.gcd(*(ref.module.in_features for ref in refs))
     for ref in refs:
@@ -74,6 +98,30 @@ def check_data(step: Pass, ctx: Context) -> None:
         raise Unmet(f"{step.name} needs calibration data", found="no fit samples", change="calibration: {fit: 128}")
 
 
+def check_pairs(step: Pass, model: ModelView) -> None:
+    """Raise Unmet where the tokens of the model now and after rounding need not be the same ones."""
+    from ...compress.runtime.reduce import installed
+
+    if installed(model.model) is not None:
+        raise Unmet(
+            f"{step.name}: 'asymmetric' compares the inputs of the same tokens, and this model drops visual tokens",
+            change="asymmetric: 0, or quantize before the token pass",
+        )
+
+
+def check_inputs(ref: LinearRef, statistic: torch.Tensor) -> None:
+    """Raise WorkFailed where a statistic of a linear's inputs is not finite: then an input was NaN or infinite."""
+    if bool(statistic.isfinite().all()):
+        return
+    bad = (~statistic.diagonal().isfinite() if statistic.ndim == 2 else ~statistic.isfinite()).sum()
+    raise WorkFailed(
+        "the inputs of a linear are not finite on the calibration data",
+        where=ref.path,
+        found=f"NaN or infinity in {int(bad)} of {statistic.shape[0]} channels",
+        change="look for the sample or the weight that overflows, or leave this linear out of 'where'",
+    )
+
+
 def visual_share(model: ModelView, batches: Sequence[Mapping[str, Any]]) -> float:
     """Share of the tokens of the prompts that are visual, before any is dropped or weighted; padding does not count."""
     tokens = "prompt" if model.family.seq2seq and all("input_ids" in batch for batch in batches) else "sequence"
@@ -95,15 +143,26 @@ def place(model: ModelView, ref: LinearRef, weight: torch.Tensor, grid: Grid) ->
     model.grids[ref.path] = grid
 
 
-def check_grids(step: Pass, model: ModelView, paths: Iterable[str], bits: int, group: int, symmetric: bool) -> None:
-    """The promise: every linear in `paths` still lies on a grid of these bits, groups and symmetry."""
+def check_grids(
+    step: Pass,
+    model: ModelView,
+    paths: Iterable[str] | Mapping[str, int],
+    bits: int,
+    group: int,
+    symmetric: bool,
+) -> None:
+    """The promise: every linear in `paths` still lies on a grid of these bits, groups and symmetry.
+
+    A mapping of paths says the group of each linear, as the record has it; where it is a list, all have `group`.
+    """
     from ...compress.runtime.grid import off_grid
 
     for path in paths:
         grid = model.grids.get(path)
-        if grid is None or (grid.bits, grid.group, grid.symmetric) != (bits, group, symmetric):
+        size = paths[path] if isinstance(paths, Mapping) else group
+        if grid is None or (grid.bits, grid.group, grid.symmetric) != (bits, size, symmetric):
             raise PromiseBroken(
-                f"{step.name} promised a grid of {_spell(bits, group, symmetric)}",
+                f"{step.name} promised a grid of {_spell(bits, size, symmetric)}",
                 where=path,
                 found="no grid" if grid is None else _spell(grid.bits, grid.group, grid.symmetric),
             )

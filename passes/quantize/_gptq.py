@@ -2,6 +2,13 @@
 
 Pure: tensors in, tensors out. With ``H = 2 E[x x^T]`` and ``U`` the upper Cholesky factor of ``H^-1``, column i is
 rounded and ``(w_i - q_i) / U_ii`` times row i of U is taken from the columns after it (Algorithm 1), in blocks.
+
+``1 / U_ii^2`` is what an error in column i costs once the columns after it have done what they can, so that the sum of
+``(w_i - q_i)^2 / U_ii^2`` IS the layer's error. It therefore weighs the search for the scales, where diag(H), which
+knows of no compensation, would clip too much. Afterwards `_descent` refines scales and integers by turns.
+
+With `drift` the term of GPTAQ (Li et al., arXiv 2504.02692) is added: the linear should answer to the inputs that it
+really gets as the original answered to the inputs that the original got.
 """
 
 from __future__ import annotations
@@ -12,10 +19,38 @@ from typing import Literal
 import torch
 
 from ...compress.runtime.grid import Grid, dequantize, quantize
+from ._descent import descend
 from ._rtn import absmax_grid, searched_grid
 
 MOST_RETRIES = 8
 ActOrder = Literal["static", "none"]
+
+
+@dataclass
+class Factor:
+    """What GPTQ needs of a Hessian; linears that share their input share it.
+
+    Attributes:
+        order: [in], the columns in the order in which they are rounded.
+        upper: [in, in] float64, the upper Cholesky factor of the inverse of the damped, ordered H; None if H is zero
+            or never became positive definite. damping: what was added to the diagonal.
+        retries: how often the damping was raised. dead: [in] bool, columns without input.
+    """
+
+    order: torch.Tensor
+    upper: torch.Tensor | None
+    damping: float
+    retries: int
+    dead: torch.Tensor
+
+    @property
+    def importance(self) -> torch.Tensor:
+        """[in] float64, ``1 / U_ii^2`` by column of the weight."""
+        assert self.upper is not None
+        cost = torch.empty(len(self.order), dtype=torch.float64, device=self.upper.device)
+        cost[self.order] = self.upper.diagonal().square().reciprocal()
+        cost[self.dead] = 0.0
+        return cost
 
 
 @dataclass
@@ -37,6 +72,26 @@ class Solved:
     fallback: bool = False
 
 
+def factor_of(h: torch.Tensor, damp: float = 0.01, act_order: ActOrder = "static") -> Factor:
+    """Order, damp and factorise `h` [in, in], ``2 E[x x^T]``.
+
+    Args:
+        damp: share of the mean diagonal added to the diagonal; multiplied by ten until H is positive definite.
+        act_order: ``static`` takes the columns by falling diag(H), ``none`` from left to right.
+    """
+    diagonal = h.diagonal()
+    dead = diagonal == 0
+    if act_order == "static":
+        order = torch.argsort(diagonal, descending=True, stable=True)
+    else:
+        order = torch.arange(len(h), device=h.device)
+    if bool(dead.all()):
+        return Factor(order, None, 0.0, 0, dead)
+    upper, retries = inverse_factor(h[order][:, order], damp)
+    mean = float(torch.where(dead, 1.0, diagonal.double()).mean())
+    return Factor(order, upper, damp * 10**retries * mean, retries, dead)
+
+
 def gptq(
     w: torch.Tensor,
     h: torch.Tensor,
@@ -49,101 +104,127 @@ def gptq(
     act_order: ActOrder = "static",
     blocksize: int = 128,
     scale_search: bool = False,
+    refine: int = 0,
+    factor: Factor | None = None,
+    drift: torch.Tensor | None = None,
 ) -> Solved:
     """Round `w` so that the outputs on the inputs behind `h` change least.
 
     Args:
         w: [out, in]. h: [in, in], ``2 E[x x^T]``, undamped; a float64 `h` has everything computed in float64.
         dtype: of the scales.
-        damp: share of the mean diagonal added to the diagonal; multiplied by ten until H is positive definite.
-        act_order: ``static`` works through the columns by falling diag(H), with the groups' scales taken from the
-            original weight beforehand (no group index at run time); ``none`` goes left to right and takes a group's
-            scale when it is reached, from the weights as they then are.
-        scale_search: choose scales by the least diag(H)-weighted error instead of the largest weight.
+        damp, act_order: see `factor_of`. With ``static`` the groups' scales are taken from the original weight
+            beforehand (no group index at run time); with ``none`` a group's scale is taken when it is reached, from
+            the weights as they then are.
+        scale_search: choose scales by the least error weighted by ``1 / U_ii^2`` instead of the largest weight.
+        refine: rounds of least-squares scales and coordinate descent on the integers afterwards, see `_descent`.
+        factor: of this `h`, `damp` and `act_order`, where it is known already.
+        drift: [in, in], ``2 alpha E[(x_original - x) x^T]``: GPTAQ's term.
     """
     precision = torch.float64 if h.dtype == torch.float64 else torch.float32
     original = w.detach().to(precision)
-    w = original.clone()
-    diagonal = h.diagonal()
-    dead = diagonal == 0
+    found = factor_of(h, damp, act_order) if factor is None else factor
+    retries, dead = found.retries, int(found.dead.sum())
+    if found.upper is None:
+        grid = absmax_grid(original, bits, group, symmetric, dtype)
+        rounded = dequantize(quantize(original, grid), grid)
+        return Solved(rounded, grid, *layer_error(original, rounded, h), retries, dead, True)
+    alive = original.masked_fill(found.dead, 0.0)
 
     def grid_of(part: torch.Tensor, size: int, importance: torch.Tensor) -> Grid:
         if scale_search:
             return searched_grid(part, importance, bits, size, symmetric, dtype)
         return absmax_grid(part, bits, size, symmetric, dtype)
 
-    factor, retries = None, 0
-    if not bool(dead.all()):
-        w[:, dead] = 0
-        factor, retries = inverse_factor(h, damp)
-    if factor is None:
-        grid = absmax_grid(original, bits, group, symmetric, dtype)
-        rounded = dequantize(quantize(original, grid), grid)
-        return Solved(rounded, grid, *layer_error(original, rounded, h), retries, int(dead.sum()), True)
-
-    columns, size = w.shape[1], w.shape[1] if group == -1 else group
+    importance, size = found.importance, w.shape[1] if group == -1 else group
     static = act_order == "static"
-    if static:
-        order = torch.argsort(diagonal, descending=True, stable=True)
-        permuted = h[order][:, order]
-        factor, more = inverse_factor(permuted, damp)
-        retries = max(retries, more)
-        assert factor is not None
-        grid = grid_of(w, group, diagonal)
-    else:
-        order = torch.arange(columns, device=w.device)
-        grids: list[Grid] = []
-    factor = factor.to(precision)
-    rest = w[:, order]
+    grids = [] if not static else [grid_of(alive, group, importance)]
+    columns, order = w.shape[1], found.order
+    factored = found.upper.to(precision)
+    slope = None if drift is None else _slope(drift[order][:, order], found.upper).to(precision)
+    rest = alive[:, order].T.contiguous()  # [in, out]: a column of the weight lies in one piece
     rounded = torch.empty_like(rest)
+    scales, zeros = _spread(grids[0], precision) if static else (None, None)
     for start in range(0, columns, blocksize):
         stop = min(start + blocksize, columns)
-        block, errors = rest[:, start:stop].clone(), torch.empty_like(rest[:, start:stop])
-        local = factor[start:stop, start:stop]
+        block, local = rest[start:stop], factored[start:stop, start:stop]
+        errors, values = torch.empty_like(block), torch.empty_like(block)
         for i in range(stop - start):
             column = start + i
-            if static:
-                here = grid.column(int(order[column]) // size)
-            else:
-                if column % size == 0:
-                    later = rest[:, stop:] - errors[:, :i] @ factor[start:column, stop:]
-                    now = torch.cat([block[:, i:], later], 1)[:, :size]
-                    grids.append(grid_of(now, -1, diagonal[column : column + size]))
-                here = grids[-1]
-            value = block[:, i : i + 1]
-            q = dequantize(quantize(value, here), here).to(precision)
-            rounded[:, column : column + 1] = q
-            error = (value - q) / local[i, i]
-            block[:, i:] -= error * local[i : i + 1, i:]
-            errors[:, i : i + 1] = error
-        rest[:, stop:] -= errors @ factor[start:stop, stop:]
+            if not static and column % size == 0:
+                later = rest[stop:] - factored[start:column, stop:].T @ errors[:i]
+                if slope is not None:
+                    later += slope[start:column, stop:].T @ values[:i]
+                now = torch.cat([block[i:], later])[:size].T
+                grids.append(grid_of(now, -1, importance[column : column + size]))
+                scales, zeros = _spread(grids[-1], precision)
+            assert scales is not None
+            place = int(order[column]) // size if static else 0
+            values[i] = block[i]
+            value = values[i]
+            q = _nearest(value, scales[place], None if zeros is None else zeros[place], bits, dtype)
+            rounded[column] = q
+            errors[i] = (value - q) / local[i, i]
+            block[i:].addr_(local[i, i:], errors[i], alpha=-1)
+            if slope is not None:
+                block[i + 1 :].addr_(slope[column, column + 1 : stop], values[i])
+        rest[stop:].addmm_(factored[start:stop, stop:].T, errors, alpha=-1)
+        if slope is not None:
+            rest[stop:].addmm_(slope[start:stop, stop:].T, values)
+    back = torch.empty_like(alive)
+    back[:, order] = rounded.T
     if static:
-        back = torch.empty_like(rounded)
-        back[:, order] = rounded
-        rounded = back
+        (grid,) = grids
     else:
         zero = None if symmetric else torch.cat([g.zero for g in grids if g.zero is not None], 1)
         grid = Grid(bits, group, symmetric, torch.cat([g.scale for g in grids], 1), zero)
-    return Solved(rounded.float(), grid, *layer_error(original, rounded, h), retries, int(dead.sum()))
+    if refine:
+        back, grid = descend(alive, back, grid, h, found.damping, refine, drift, blocksize)
+    return Solved(back.float(), grid, *layer_error(original, back, h), retries, dead)
+
+
+def _nearest(
+    value: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, bits: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """The nearest points of a grid whose values are rounded to `dtype`; all [out] (or broadcast to it)."""
+    low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+    q = (value / scale).round_()
+    q = q.clamp_(low, high) if zero is None else q.add_(zero).clamp_(low, high).sub_(zero)
+    return q.mul_(scale).to(dtype).to(value.dtype)
+
+
+def _spread(grid: Grid, precision: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Scales and zeros as [groups, out]."""
+    zero = None if grid.zero is None else grid.zero.T.to(precision).contiguous()
+    return grid.scale.T.to(precision).contiguous(), zero
+
+
+def _slope(drift: torch.Tensor, upper: torch.Tensor) -> torch.Tensor:
+    """GPTAQ's P [in, in]: what the columns after i take of column i's drift, ``triu(D U^T, 1) U``, strictly upper."""
+    return torch.triu(torch.triu(drift.double() @ upper.T, 1) @ upper, 1)
 
 
 def inverse_factor(h: torch.Tensor, damp: float) -> tuple[torch.Tensor | None, int]:
     """The upper Cholesky factor of the inverse of `h` with damping, [in, in], and how often damping was raised.
 
-    Float64; columns without input get a 1 on the diagonal. None if H never becomes positive definite.
+    Float64; columns without input get a 1 on the diagonal. None if H never becomes positive definite. With the rows and
+    columns of H reversed, ``H = V V^T`` for an upper triangular V, and the factor is ``V^-1``.
     """
     full = h.double().clone()
     diagonal = full.diagonal()
     diagonal[diagonal == 0] = 1.0
-    mean = float(diagonal.mean())
     if not torch.isfinite(full).all():
         return None, 0
+    mean, plain = float(diagonal.mean()), diagonal.clone()
+    if mean <= 0:
+        return None, 0
+    one = torch.eye(len(full), dtype=full.dtype, device=full.device)
     for retry in range(MOST_RETRIES + 1):
-        damped = full + torch.eye(len(full), dtype=full.dtype, device=full.device) * (damp * 10**retry * mean)
-        lower, info = torch.linalg.cholesky_ex(damped)
+        diagonal.copy_(plain + damp * 10**retry * mean)
+        lower, info = torch.linalg.cholesky_ex(full.flip(0, 1))
         if int(info) == 0:
-            upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if int(info) == 0 and torch.isfinite(upper).all():
+            upper = torch.linalg.solve_triangular(lower.flip(0, 1), one, upper=True)
+            if torch.isfinite(upper).all():
                 return upper, retry
     return None, MOST_RETRIES
 

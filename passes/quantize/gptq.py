@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from ...compress.base import Context, Json, Notes, Pass
-from ._common import check_data, check_grids, check_linears, check_settings, milder, place, visual_share
+from ._common import (
+    check_data,
+    check_grids,
+    check_inputs,
+    check_linears,
+    check_pairs,
+    check_settings,
+    fitting_group,
+    group_notes,
+    milder,
+    place,
+    visual_share,
+)
 
 if TYPE_CHECKING:
     import torch
 
-    from ...compress.anatomy import ModelView
+    from ...compress.anatomy import LinearRef, ModelView
 
 
 @dataclass(frozen=True)
@@ -22,7 +36,8 @@ class GPTQ(Pass):
 
     Settings:
         bits: 2, 3, 4 or 8.
-        group: input channels that share a scale; -1 is one scale a row.
+        group: input channels that share a scale; -1 is one scale a row. A linear whose width it does not divide takes
+            the largest of group/2, group/4, ... from 16 on that does, else one scale a row; the notes count them.
         symmetric: no zero points.
         where: selector of the linears; vision tower and connector are included by default.
         damp: share of the Hessian's mean diagonal added to its diagonal; raised tenfold until it is positive definite,
@@ -34,12 +49,18 @@ class GPTQ(Pass):
             (q, k, v; then o; then gate, up; then down). False takes all of a block's statistics at once: faster.
         token_weights: how visual and text tokens count in the Hessian: ``balanced`` (half each), ``uniform`` or
             ``text``. In the vision tower and the connector every token counts the same.
-        scale_search: choose each scale by the least error weighted by the Hessian diagonal, not by the largest weight.
+        scale_search: choose each scale, of either sign, by the least error weighted by what an error in the column
+            costs after compensation (1 / U_ii^2), not by the largest weight.
+        refine: rounds that follow GPTQ, each new scales by least squares and a sweep over the integers in which every
+            one takes its best value for what the others are (as QuantEase and CDQuant); 0 is plain GPTQ.
+        asymmetric: share of GPTAQ's term (the paper's alpha is 0.25; 0 leaves it out): inputs of the model as it is
+            before the pass are kept beside those of the rounded prefix, and the rounding makes up for the difference.
+            Needs a second copy of the model, and the inputs of one stage of a block in memory.
     """
 
     name: ClassVar[str] = "quantize.gptq"
     summary: ClassVar[str] = "weights to 2, 3, 4 or 8 bits with second-order error compensation, packed on disk"
-    paper: ClassVar[str] = "GPTQ, arXiv 2210.17323"
+    paper: ClassVar[str] = "GPTQ, arXiv 2210.17323; QuantEase, arXiv 2309.01885; GPTAQ, arXiv 2504.02692"
 
     bits: int = 4
     group: int = 64
@@ -51,6 +72,8 @@ class GPTQ(Pass):
     true_sequential: bool = True
     token_weights: Literal["balanced", "uniform", "text"] = "balanced"
     scale_search: bool = True
+    refine: int = 2
+    asymmetric: float = 0.0
 
     def __post_init__(self) -> None:
         check_settings(self.bits, self.group, self.symmetric)
@@ -58,31 +81,57 @@ class GPTQ(Pass):
             raise ValueError(f"damp is a positive share, not {self.damp}")
         if self.blocksize < 1:
             raise ValueError(f"blocksize is at least 1, not {self.blocksize}")
+        if self.refine < 0:
+            raise ValueError(f"refine is a number of rounds, 0 or more, not {self.refine}")
+        if not 0 <= self.asymmetric <= 1:
+            raise ValueError(f"asymmetric is a share from 0 to 1, not {self.asymmetric}")
 
     def requires(self, model: ModelView, ctx: Context) -> None:
-        check_linears(self, model, model.linears(self.where), self.group)
+        check_linears(self, model, model.linears(self.where))
         check_data(self, ctx)
+        if self.asymmetric:
+            check_pairs(self, model)
 
     def apply(self, model: ModelView, ctx: Context) -> Notes:
         from ...calib.stats import Hessian
-        from ._gptq import gptq
+        from ._drift import Drift, Twin
+        from ._gptq import Factor, factor_of, gptq
 
+        twin = Twin(model, ctx, self.where) if self.asymmetric else None
         walk = ctx.walk(self.where, name="gptq")
         for unit in walk:
             linears: dict[str, Json] = {}
+            if twin:
+                twin.follow(unit.name)
             for stage in unit.stages if self.true_sequential else (unit.linears,):
-                for ref, hessian in unit.observe(Hessian, stage, self.token_weights).items():
+                if twin:
+                    before = twin.inputs(stage, self.token_weights)
+                    stats: dict[LinearRef, Hessian] = {}
+                    for same in _by_input(stage):
+                        pair = functools.partial(Drift, before[same[0].path])
+                        stats |= unit.observe(pair, same, self.token_weights)
+                else:
+                    stats = unit.observe(Hessian, stage, self.token_weights)
+                factors: dict[int, Factor] = {}  # linears with the same input share its Hessian and the factor of it
+                for ref, stat in stats.items():
+                    h = _square(stat.matrix, ref.module.in_features)
+                    check_inputs(ref, h)
+                    if id(stat) not in factors:
+                        factors[id(stat)] = factor_of(h, self.damp, self.act_order)
+                    cross = stat.cross if isinstance(stat, Drift) else None
                     solved = gptq(
                         ref.module.weight,
-                        _square(hessian.matrix, ref.module.in_features),
+                        h,
                         bits=self.bits,
-                        group=self.group,
+                        group=fitting_group(ref.module.in_features, self.group),
                         symmetric=self.symmetric,
                         dtype=model.storage_dtype,
-                        damp=self.damp,
                         act_order=self.act_order,
                         blocksize=self.blocksize,
                         scale_search=self.scale_search,
+                        refine=self.refine,
+                        factor=factors[id(stat)],
+                        drift=None if cross is None or not cross.numel() else self.asymmetric * cross,
                     )
                     place(model, ref, solved.weight, solved.grid)
                     linears[ref.path] = {
@@ -91,18 +140,33 @@ class GPTQ(Pass):
                         "retries": solved.retries,
                         "dead": solved.dead,
                         "fallback": solved.fallback,
-                        "tokens": hessian.tokens,
+                        "tokens": stat.tokens,
+                        "group": solved.grid.group,
+                        "unpaired": twin is not None and cross is None,
                     }
             unit.notes["linears"] = linears
         rows = {path: row for notes in walk.notes.values() for path, row in notes["linears"].items()}
-        numbers = _numbers(rows) | {"visual_token_share": visual_share(model, ctx.fit)}
-        return Notes(numbers, {"linears": list(rows)})
+        groups = {path: row["group"] for path, row in rows.items()}
+        numbers = (
+            _numbers(rows) | group_notes(groups, self.group) | {"visual_token_share": visual_share(model, ctx.fit)}
+        )
+        if twin:
+            numbers["linears_without_a_pair"] = sum(row["unpaired"] for row in rows.values())
+        return Notes(numbers, {"linears": groups})
 
     def ensures(self, model: ModelView) -> None:
         check_grids(self, model, model.ledger.record_of(self)["linears"], self.bits, self.group, self.symmetric)
 
     def weaker(self) -> Self | None:
         return milder(self)
+
+
+def _by_input(refs: Iterable[LinearRef]) -> list[list[LinearRef]]:
+    """The linears that share an input, together."""
+    together: dict[int, list[LinearRef]] = {}
+    for ref in refs:
+        together.setdefault(ref.stage, []).append(ref)
+    return list(together.values())
 
 
 def _square(matrix: torch.Tensor, width: int) -> torch.Tensor:
@@ -120,5 +184,6 @@ def _numbers(rows: dict[str, dict[str, Json]]) -> dict[str, Json]:
         "worst_linear": worst,
         "damp_retries": sum(row["retries"] for row in rows.values()),
         "rounded_to_nearest": sum(row["fallback"] for row in rows.values()),
+        "linears_without_tokens": sum(row["tokens"] == 0 for row in rows.values()),
         "dead_columns": sum(row["dead"] for row in rows.values()),
     }

@@ -6,7 +6,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from ...compress.base import Context, Json, Notes, Pass
-from ._common import check_data, check_grids, check_linears, check_settings, milder, place, visual_share
+from ._common import (
+    check_grids,
+    check_inputs,
+    check_linears,
+    check_settings,
+    fitting_group,
+    group_notes,
+    milder,
+    place,
+    visual_share,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -16,16 +26,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RTN(Pass):
-    """Round every weight to the nearest point of its grid. Needs no data with ``search: none``: the control of GPTQ.
+    """Round every weight to the nearest point of its grid, the scales chosen by how much each input matters.
 
     Settings:
         bits: 2, 3, 4 or 8.
-        group: input channels that share a scale; -1 is one scale a row.
-        symmetric: no zero points, ``scale = max|w| / (2^(bits-1) - 1)``.
+        group: input channels that share a scale; -1 is one scale a row. A linear whose width it does not divide takes
+            the largest of group/2, group/4, ... from 16 on that does, else one scale a row; the notes count them.
+        symmetric: no zero points.
         where: selector of the linears.
-        search: ``none`` takes the scale from the largest weight; ``importance`` searches the clipped scale with the
-            least rounding error weighted by E[x^2] of the inputs (AutoRound's opt-RTN), which needs data: blocks are
-            walked in forward order, and each sees what the rounded ones before it produce.
+        search: ``importance`` searches each scale, of either sign, for the least rounding error weighted by E[x^2] of
+            the inputs (AutoRound's opt-RTN): blocks are walked in forward order, and each sees what the rounded ones
+            before it produce. Where there are no samples, all inputs count alike, and the notes count these linears.
+            ``none`` takes ``scale = max|w| / (2^(bits-1) - 1)`` and needs no data: the plain control.
         token_weights: how visual and text tokens count in E[x^2]: ``balanced`` (half each), ``uniform`` or ``text``.
     """
 
@@ -37,20 +49,18 @@ class RTN(Pass):
     group: int = 64
     symmetric: bool = True
     where: tuple[str, ...] | str = ("vision", "connector", "language")
-    search: Literal["none", "importance"] = "none"
+    search: Literal["importance", "none"] = "importance"
     token_weights: Literal["balanced", "uniform", "text"] = "balanced"
 
     def __post_init__(self) -> None:
         check_settings(self.bits, self.group, self.symmetric)
 
     def requires(self, model: ModelView, ctx: Context) -> None:
-        check_linears(self, model, model.linears(self.where), self.group)
-        if self.search == "importance":
-            check_data(self, ctx)
+        check_linears(self, model, model.linears(self.where))
 
     def apply(self, model: ModelView, ctx: Context) -> Notes:
         rows: dict[str, Json] = {}
-        if self.search == "none":
+        if self.search == "none" or not ctx.fit:
             for ref in model.linears(self.where):
                 rows[ref.path] = self._round(model, ref, None)
         else:
@@ -63,29 +73,39 @@ class RTN(Pass):
             for notes in walk.notes.values():
                 rows |= notes["linears"]
         squared, whole = (sum(row[kind] for row in rows.values()) for kind in ("squared_error", "squared_weight"))
+        groups = {path: row["group"] for path, row in rows.items()}
         numbers: dict[str, Json] = {"linears": len(rows), "relative_weight_error": squared / whole if whole else 0.0}
+        numbers |= group_notes(groups, self.group)
         if self.search == "importance":
-            numbers["visual_token_share"] = visual_share(model, ctx.fit)
-        return Notes(numbers, {"linears": list(rows)})
+            numbers["searched_without_importance"] = sum(row["blind"] for row in rows.values())
+            if ctx.fit:
+                numbers["visual_token_share"] = visual_share(model, ctx.fit)
+        return Notes(numbers, {"linears": groups})
 
     def _round(self, model: ModelView, ref: LinearRef, importance: torch.Tensor | None) -> dict[str, Json]:
-        """Round one linear; `importance` [in] asks for the scale search."""
+        """Round one linear. `importance` [in]: all inputs count alike where it is empty or 0 (no token came by)."""
         from ...compress.runtime.grid import dequantize, quantize
         from ._rtn import absmax_grid, searched_grid
 
         weight = ref.module.weight.detach().float()
-        kind = (self.bits, self.group, self.symmetric, model.storage_dtype)
-        if importance is None:
+        group = fitting_group(ref.module.in_features, self.group)
+        kind = (self.bits, group, self.symmetric, model.storage_dtype)
+        blind = importance is None or not bool(importance.any())
+        if self.search == "none":
             grid = absmax_grid(weight, *kind)
-        else:  # no token ever came by: all inputs count alike
-            grid = searched_grid(weight, importance if importance.any() else None, *kind)
+        else:
+            if importance is not None:
+                check_inputs(ref, importance)
+            grid = searched_grid(weight, None if blind else importance, *kind)
         rounded = dequantize(quantize(weight, grid), grid)
-        errors = {
+        row: dict[str, Json] = {
             "squared_error": float((weight - rounded).square().sum()),
             "squared_weight": float(weight.square().sum()),
+            "group": group,
+            "blind": blind,
         }
         place(model, ref, rounded, grid)
-        return errors
+        return row
 
     def ensures(self, model: ModelView) -> None:
         check_grids(self, model, model.ledger.record_of(self)["linears"], self.bits, self.group, self.symmetric)

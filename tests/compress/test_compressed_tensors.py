@@ -19,12 +19,19 @@ from svlm import passes
 from svlm.compress import storage
 from svlm.compress.anatomy import ModelView, view_of
 from svlm.compress.errors import ModelError, WorkFailed
-from svlm.compress.export.compressed_tensors import packed_state, quantization_config, unpack_state
+from svlm.compress.export.compressed_tensors import (
+    PLAIN_FILE,
+    packed_state,
+    plain_paths,
+    quantization_config,
+    unpack_state,
+)
 from svlm.compress.runtime.grid import dequantize, packed_bytes, quantize
 from svlm.passes.quantize._rtn import absmax_grid
 from tests import zoo
 
 BF16 = torch.bfloat16
+WEIGHT_INITIALISED = ("llava-onevision", "paligemma", "gemma3", "blip-2-t5")  # SigLIP towers and T5
 KINDS = [(4, 16, True), (4, 16, False), (4, -1, False), (3, 16, True), (3, 16, False), (2, 16, False), (8, 16, True)]
 
 
@@ -146,6 +153,39 @@ def test_groups_of_channels_load_in_stock_transformers(tmp_path: Path) -> None:
         stock = AutoModelForImageTextToText.from_pretrained(tmp_path / str(symmetric), dtype=torch.float32).eval()
         with torch.no_grad():
             torch.testing.assert_close(stock(**batch).logits, wanted, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("number", "family"), list(enumerate(zoo.FAMILIES)))
+def test_stock_transformers_loads_groups_of_several_sizes(number: int, family: str, tmp_path: Path) -> None:
+    """What a group that does not divide every width makes; with zero points or a SigLIP the few are saved unpacked."""
+    from transformers import AutoModelForImageTextToText
+
+    symmetric = number % 2 == 0 or family == "gemma3"
+    view, batch = view_of(zoo.model(family)), zoo.batch(family)
+    parts = [part for part in ("vision", "connector", "language") if any(u.linears for u in view.parts.get(part, ()))]
+    linears = view.linears(tuple(parts))
+    view.storage_dtype = BF16
+    storage.round_to_storage(view)
+    for place, ref in enumerate(linears):
+        group = -1 if place % 4 else ref.module.in_features // 2
+        grid = absmax_grid(ref.module.weight.detach(), 4, group, symmetric, BF16)
+        ref.module.weight.data.copy_(dequantize(quantize(ref.module.weight, grid), grid))
+        view.grids[ref.path] = grid
+    saved(view, batch, tmp_path / "m")
+    ours = storage.load_model(tmp_path / "m", find=passes.find)
+    for path, grid in view.grids.items():
+        back = ours.grids[path]
+        assert (back.bits, back.group, back.symmetric) == (grid.bits, grid.group, grid.symmetric)
+        assert torch.equal(back.scale, grid.scale)
+        assert back.zero is None if symmetric else torch.equal(back.zero, grid.zero)
+    plain = plain_paths(view)
+    assert bool(plain) == (not symmetric or family in WEIGHT_INITIALISED), family
+    assert len(plain) < len(linears) / 2 and (tmp_path / "m" / PLAIN_FILE).exists() == bool(plain)
+    stock = AutoModelForImageTextToText.from_pretrained(tmp_path / "m", dtype=BF16).eval()
+    with torch.no_grad():
+        stock(**{k: v.to(BF16) if v.is_floating_point() else v for k, v in batch.items()})  # unpacks where it must
+    for ref in linears:
+        assert torch.equal(stock.get_submodule(ref.path).weight.float(), ref.module.weight), ref.path
 
 
 def test_several_kinds_of_grid_in_one_model(tmp_path: Path) -> None:

@@ -25,8 +25,12 @@ def point(value, scale, zero, bits):
     return ((q - zero) * scale).to(torch.bfloat16).double()
 
 
-def gptq(w, h, bits, group, symmetric, damp=0.01, act_order=True):
-    """The rounded weight and its error ``tr((W - Q) H (W - Q)^T)``."""
+def gptq(w, h, bits, group, symmetric, damp=0.01, act_order=True, drift=None):
+    """The rounded weight and its error ``tr((W - Q) H (W - Q)^T)``.
+
+    With `drift` (GPTAQ, arXiv 2504.02692) the columns still to come also take, after every column i, the change that
+    answers best to ``w_i (x_original_i - x_i)``: ``w_i D_iF (H_FF)^-1``, F the columns to come.
+    """
     original, h = w.double(), h.double()
     w, columns = original.clone(), w.shape[1]
     size = columns if group == -1 else group
@@ -47,9 +51,14 @@ def gptq(w, h, bits, group, symmetric, damp=0.01, act_order=True):
         elif step % size == 0:
             current = scales(w[:, column : column + size], bits, symmetric)
         rounded[:, column] = point(w[:, column], *current, bits)
+        before_error = w[:, column].clone()
         error = (w[:, column] - rounded[:, column]) / inverse[column, column]
         w[:, left] -= error[:, None] * inverse[column, left][None, :]
         inverse = inverse - torch.outer(inverse[:, column], inverse[column, :]) / inverse[column, column]
         left.remove(column)
+        if drift is not None and left:
+            w[:, left] += before_error[:, None] * (
+                drift.double()[column, left] @ torch.linalg.inv(damped[left][:, left])
+            )
     difference = original - rounded
     return rounded, float(((difference @ h) * difference).sum())

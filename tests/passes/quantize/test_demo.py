@@ -35,7 +35,7 @@ def test_three_bits() -> None:
     fit, check = (list(encoder.batches(samples, 32)) for samples in (data.fit, data.check))
     wanted = answers(original.model, check)
     lost: dict[str, float] = {}
-    for step in (RTN(bits=3, group=64), GPTQ(bits=3, group=64)):
+    for step in (RTN(bits=3, group=64, search="none"), GPTQ(bits=3, group=64)):
         view = storage.load_model("demo")
         ctx = Context(fit, lambda where, view=view, **o: Walk(view, fit, where, **o), nullcontext)
         notes = apply_pass(step, view, ctx)
