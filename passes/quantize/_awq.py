@@ -14,7 +14,7 @@ SMALLEST = 1e-4
 
 
 def weight_means(w: torch.Tensor, group: int) -> torch.Tensor:
-    """[in]: by input channel, the mean over the rows of ``|w|`` as a share of the largest in its group. w: [out, in]."""
+    """By input channel, [in], the mean over the rows of ``|w|`` as a share of the largest in its group. w: [out, in]."""
     parts = groups_of(w.float().abs(), group)
     return (parts / parts.amax(-1, keepdim=True).clamp(min=1e-12)).reshape(w.shape).mean(0)
 
@@ -64,8 +64,9 @@ def clipped_grid(
     """The grid of `w` whose groups are clipped where that moves the group's output less; the share of clipped groups.
 
     For each row and group the grid is that of the weights clamped to ``1 - shrink * i / steps`` of their largest,
-    i = 0 .. steps - 1 (rounded onto it is the weight itself, so that the level below the clamp is of use), and the least ``E[((q(w) - w) . x)^2]`` over the group's columns wins. With ``H = 2 E[x x^T]`` that is, but for the
-    factor, ``(q(w) - w) H_gg (q(w) - w)^T`` of the group's block of H: all tokens count, and none has to be kept.
+    i = 0 .. steps - 1, and the least ``E[((q(w) - w) . x)^2]`` over the group's columns wins. With ``H = 2 E[x x^T]``
+    that is, but for the factor, ``(q(w) - w) H_gg (q(w) - w)^T`` of the group's block of H: all tokens count, and none
+    has to be kept. It is the weight itself that is rounded, so that a level below the clamp is of use.
 
     Args:
         w: [out, in]. h: [in, in]; None (or not finite, or zero) is the plain grid.

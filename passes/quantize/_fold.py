@@ -26,7 +26,7 @@ class Pair:
 
 
 def pairs_of(view: ModelView, unit: Unit, selected: Collection[LinearRef]) -> Iterator[Pair]:
-    """The smoothing pairs of a unit that reach a selected linear, each with what stands in its way, if anything does."""
+    """The smoothing pairs of a unit that reach a selected linear, each with what stands in its way."""
     for source, paths in view.smoothing_pairs(unit):
         targets = tuple(view.linear(path) for path in paths)
         inside = [ref in selected for ref in targets]

@@ -25,7 +25,7 @@ class AWQ(Pass):
 
     For each norm (or values, or `up` of a gated MLP) and the linears that read it, per-channel scales ``s`` are tried
     as ``Q(W s) / s``; the one with the least squared error of the block's output is folded, so that the function stays
-    and only the rounding changes. Blocks are walked in forward order and each sees what the rounded ones before produce.
+    and only the rounding changes. Blocks are walked in forward order; each sees what the rounded ones before it give.
 
     Settings:
         bits: 2, 3, 4 or 8.

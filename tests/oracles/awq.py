@@ -33,7 +33,7 @@ def relative_weights(w, group):
 
 
 def rounded(values, clamped, bits, symmetric):
-    """A group of one row on the plain grid of its clamped values (the lowest level is free where they are symmetric)."""
+    """A group of one row on the plain grid of its clamped values (where symmetric, one level lies below)."""
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     if symmetric:
         scale = max(abs(v) for v in clamped) / high

@@ -199,7 +199,7 @@ def test_scaling_clipping_and_the_solver_each_lower_the_error() -> None:
 
 
 def test_q_and_k_are_not_clipped() -> None:
-    view, notes = run(AWQ(bits=3, group=8, where=("language.blocks[0]",), scaling="activation"))
+    view, _ = run(AWQ(bits=3, group=8, where=("language.blocks[0]",), scaling="activation"))
     plain, _ = run(AWQ(bits=3, group=8, where=("language.blocks[0]",), scaling="activation", clip=False))
     for ref in view.linears("language.blocks[0]"):
         same = torch.equal(view.grids[ref.path].scale, plain.grids[ref.path].scale)
