@@ -14,7 +14,7 @@ SMALLEST = 1e-4
 
 
 def weight_means(w: torch.Tensor, group: int) -> torch.Tensor:
-    """By input channel, [in], the mean over the rows of ``|w|`` as a share of the largest in its group. w: [out, in]."""
+    """By input channel, [in]: the mean over rows of ``|w|`` as a share of the largest in its group. w: [out, in]."""
     parts = groups_of(w.float().abs(), group)
     return (parts / parts.amax(-1, keepdim=True).clamp(min=1e-12)).reshape(w.shape).mean(0)
 
