@@ -81,6 +81,29 @@ class ColumnNorm(MeanSquare):
         return self.mean.sqrt()
 
 
+class MeanAbs:
+    """Weighted mean of ``|x|`` by channel: the activation scale of AWQ (arXiv 2306.00978).
+
+    Attributes:
+        mean: [channels], float64.
+    """
+
+    def __init__(self) -> None:
+        self.mean = torch.zeros(0, dtype=torch.float64)
+        self.tokens = 0
+        self.weight = 0.0
+
+    def update(self, x: torch.Tensor, weights: torch.Tensor) -> None:
+        x, weights, total = _kept(x, weights, torch.float64)
+        if self.mean.numel() == 0:
+            self.mean = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
+        if total == 0:
+            return
+        self.weight += total
+        self.tokens += len(x)
+        self.mean += (weights @ x.abs() - total * self.mean) / self.weight
+
+
 class AbsMax:
     """The largest ``|x|`` by channel over all tokens with a weight above 0 (SmoothQuant, arXiv 2211.10438).
 

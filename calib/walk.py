@@ -115,6 +115,18 @@ class WalkUnit:
         for args, kwargs in self.inputs():
             yield self._walk._run(self.unit, args, kwargs)
 
+    def rows(self, token_weights: TokenWeights = "balanced") -> Iterator[tuple[int, torch.Tensor | None]]:
+        """For each of `inputs` the samples in its batch, and the weights [batch, tokens] of the unit's tokens.
+
+        None: all 1. Tokens are those of what the unit returns: where it reads a second sequence, those of the first.
+        """
+        last = [ref for ref in self.unit.linears if ref.role not in ("cross.k", "cross.v")][-1]
+        for index, calls in enumerate(self._calls):
+            batch = self._walk.batches[index]
+            samples = len(next(batch[key] for key in ("input_ids", "labels", "pixel_values") if key in batch))
+            weights = self._walk._weights(index, last, token_weights)
+            yield from [(samples, weights)] * len(calls)
+
 
 def _watching(ref: LinearRef, stat: Stat, weights: torch.Tensor | None, waiting: dict[int, LinearRef]) -> Any:
     """The linear's forward, its input added to `stat`; stops the unit's forward when the last of `waiting` is there."""

@@ -20,6 +20,7 @@ MENU = {
     "tokens.grid": "tokens.grid:Grid",
     "quantize.rtn": "quantize.rtn:RTN",
     "quantize.gptq": "quantize.gptq:GPTQ",
+    "quantize.awq": "quantize.awq:AWQ",
 }
 
 
