@@ -20,6 +20,8 @@ MENU = {
     "tokens.grid": "tokens.grid:Grid",
     "quantize.rtn": "quantize.rtn:RTN",
     "quantize.gptq": "quantize.gptq:GPTQ",
+    "quantize.round": "quantize.round:Round",
+    "quantize.hqq": "quantize.hqq:HQQ",
 }
 
 

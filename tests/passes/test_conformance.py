@@ -24,6 +24,8 @@ SMALL = {  # settings that suit models with widths of 16 to 64
     "distill.logits": {"steps": 2, "batch_size": 2},
     "quantize.rtn": {"bits": 4, "group": -1, "where": ["language"]},
     "quantize.gptq": {"bits": 4, "group": -1, "where": ["language"]},
+    "quantize.round": {"bits": 4, "group": -1, "where": ["language"], "steps": 2, "batch_size": 1},
+    "quantize.hqq": {"bits": 4, "group": -1, "where": ["language"]},
 }
 
 
