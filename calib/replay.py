@@ -132,6 +132,19 @@ def patched(patches: Mapping[Any, Callable[..., Any]]) -> Iterator[None]:
                 module.__dict__["forward"] = forward
 
 
+@contextmanager
+def swapped(weights: Mapping[nn.Linear, torch.Tensor]) -> Iterator[None]:
+    """Linears compute with other weights inside, which may be part of a graph; their own are back afterwards."""
+    own: list[tuple[dict[str, Any], Any]] = [(vars(linear)["_parameters"], linear.weight) for linear in weights]
+    try:
+        for (parameters, _), weight in zip(own, weights.values(), strict=True):
+            parameters["weight"] = weight
+        yield
+    finally:
+        for parameters, weight in own:
+            parameters["weight"] = weight
+
+
 def replaying(path: str, outputs: list[Any], copy: bool) -> Callable[..., Any]:
     """A forward that returns `outputs`, one a call."""
     rest = iter(outputs)

@@ -33,7 +33,7 @@ from ..compress.base import Json, Progress, Silent, evaluating
 from ..compress.errors import WorkFailed
 from ..compress.runtime.reduce import installed
 from ..compress.selectors import Where
-from .replay import Probe, hollow, patched, recording, replaying
+from .replay import Probe, hollow, patched, recording, replaying, swapped
 from .scratch import Scratch
 from .stats import Stat, TokenWeights, modality_weights
 
@@ -114,6 +114,11 @@ class WalkUnit:
         """What the unit, as it now is, returns for each of `inputs`."""
         for args, kwargs in self.inputs():
             yield self._walk._run(self.unit, args, kwargs)
+
+    def run(self, call: Call, weights: Mapping[LinearRef, torch.Tensor]) -> Any:
+        """What the unit returns for `call` with other weights in its linears, with gradients where they are enabled."""
+        with swapped({ref.module: weight for ref, weight in weights.items()}):
+            return self._walk._run(self.unit, *call, gradients=torch.is_grad_enabled())
 
     def rows(self, token_weights: TokenWeights = "balanced") -> Iterator[tuple[int, torch.Tensor | None]]:
         """For each of `inputs` the samples in its batch, and the weights [batch, tokens] of the unit's tokens.
@@ -230,10 +235,10 @@ class Walk:
 
     # ------------------------------------------------------------------------------------------------ one unit alone
 
-    def _run(self, unit: Unit, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _run(self, unit: Unit, args: tuple[Any, ...], kwargs: dict[str, Any], gradients: bool = False) -> Any:
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         versions = [tensor._version for tensor in given]
-        with evaluating(self.view.model):
+        with evaluating(self.view.model), torch.set_grad_enabled(gradients):
             out = unit.module.forward(*args, **kwargs)
         if versions != [tensor._version for tensor in given]:
             raise WorkFailed("a block changes its input in place; it cannot be walked", where=unit.name)

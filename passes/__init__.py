@@ -21,6 +21,8 @@ MENU = {
     "quantize.rtn": "quantize.rtn:RTN",
     "quantize.gptq": "quantize.gptq:GPTQ",
     "quantize.awq": "quantize.awq:AWQ",
+    "quantize.round": "quantize.round:Round",
+    "quantize.hqq": "quantize.hqq:HQQ",
 }
 
 
