@@ -302,10 +302,8 @@ def save(view: ModelView, folder: str | Path) -> int:
     with whole_folder(Path(folder)) as temporary:
         state = cast_state(view)
         saved_names = {path: _saved_name(revert_weight_conversion, view.model, path) for path in view.grids}
-        if view.grids:
-            write_checkpoint(view, temporary, packed_state(view, state), quantization_config(view, saved_names))
-        else:
-            write_checkpoint(view, temporary, state, None)
+        packing = quantization_config(view, saved_names) if view.grids else None
+        write_checkpoint(view, temporary, packed_state(view, state) if view.grids else state, packing)
         grids = {
             path: {"saved": saved_names[path], "bits": g.bits, "group": g.group, "symmetric": g.symmetric}
             for path, g in view.grids.items()

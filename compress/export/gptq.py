@@ -59,7 +59,7 @@ def pack_model(
             change="--format awq or --format compressed-tensors",
         )
     v2 = name == "gptq_v2"
-    choice = choose(view, name, lambda *linear: _obstacle(*linear, v2), dense=dense, stub=True)
+    choice = choose(view, name, lambda path, module, grid: _obstacle(path, module, grid, v2), dense=dense, stub=True)
     packed, books = dict(state), Rounded()
     for path, grid in choice.packed.items():
         q = integers(path, packed.pop(f"{path}.weight"), grid)
