@@ -81,6 +81,8 @@ def choose(view: ModelView, name: str, reason: Reason, *, dense: bool, stub: boo
             left[path] = "it is the head, which the loader keeps dense"
         elif float(grid.scale.abs().max()) > HALF_MAX:
             left[path] = f"it has a scale of {float(grid.scale.abs().max()):.3g}, beyond fp16"
+        elif module.bias is not None and float(module.bias.detach().abs().max()) > HALF_MAX:
+            left[path] = f"it has a bias of {float(module.bias.detach().abs().max()):.3g}, beyond fp16"
         elif path in by_weight:
             left[path] = "transformers initialises it through its weight, which a packed linear does not have"
         elif why := reason(path, module, grid):

@@ -34,8 +34,8 @@ _GPTQ = Format(
     bits=(2, 3, 4, 8),
     groups=(-1, 16, 32, 64, 128, 256, 512, 1024),
     grids="one kind in a model; symmetric, and asymmetric where no zero point is 0",
-    packed="gptqmodel's kernels at 4 bits: CPU (AVX-512, or torch's int4 kernel) and GPU",
-    unpacked="gptqmodel's torch kernel (2, 3, 8 bits on CPU): a linear at a time, in every forward",
+    packed="gptqmodel on CPU at 4 bits with groups of 32 to 256; its GPU kernels, which svlm does not test",
+    unpacked="gptqmodel on CPU with other bits or groups: a linear at a time, in every forward",
     loader="transformers + optimum + gptqmodel",
 )
 
@@ -58,8 +58,8 @@ FORMATS: dict[str, Format] = {
         bits=(4,),
         groups=(-1, 16, 32, 64, 128),
         grids="one kind in a model; symmetric (written with zero points of 8) and asymmetric",
-        packed="gptqmodel's kernels: CPU (AVX-512, or torch's int4 kernel) and GPU",
-        unpacked="gptqmodel's torch kernel: a linear at a time, in every forward",
+        packed="gptqmodel on CPU with groups of 32 to 128; its GPU kernels, which svlm does not test",
+        unpacked="gptqmodel on CPU with groups of 16 and -1: a linear at a time, in every forward",
         loader="transformers + gptqmodel",
     ),
     "bnb": Format(
@@ -67,8 +67,8 @@ FORMATS: dict[str, Format] = {
         bits=(4,),
         groups=(64,),
         grids="bitsandbytes' own NF4 of a model that is NOT quantized yet: another rounding, by bitsandbytes itself",
-        packed="bitsandbytes: CPU and GPU",
-        unpacked="on CPU with more than a few tokens: a linear at a time, in every forward",
+        packed="bitsandbytes on CPU; its GPU kernels, which svlm does not test",
+        unpacked="on CPU where there is more than one token: a linear at a time, in every forward",
         loader="transformers + bitsandbytes",
     ),
 }

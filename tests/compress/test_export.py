@@ -151,6 +151,20 @@ def test_v1_refuses_a_zero_point_of_zero_and_v2_takes_it(tmp_path: Path) -> None
     assert facts["packed"] == len(view.grids) and not facts["dense"]
 
 
+@pytest.mark.parametrize("what", ["scale", "bias"])
+def test_what_is_beyond_fp16_is_refused(what: str, tmp_path: Path) -> None:
+    view = view_of(zoo.model("llava"))
+    path = "model.multi_modal_projector.linear_2"
+    module = view.linear(path).module
+    with torch.no_grad():
+        (module.bias if what == "bias" else module.weight).fill_(1e6)
+    rounded(view, {"connector": (4, -1, True), "language": (4, -1, True)})
+    storage.save(view, tmp_path / "src")
+    with pytest.raises(UsageError, match="cannot hold 1 of") as caught:
+        export(tmp_path / "src", "awq", tmp_path / "out")
+    assert caught.value.where == path and f"a {what} of" in caught.value.found
+
+
 def test_mixed_grids_are_refused_or_written_dense_with_the_same_values(tmp_path: Path) -> None:
     view, spec = source("llava", {"connector": (8, -1, True), "language": (4, 16, True)}, tmp_path)
     with pytest.raises(UsageError, match="cannot hold 2 of") as caught:
