@@ -4,8 +4,8 @@ For a linear `X` of [out, in]: `X.weight` uint8 [out * in / 2, 1], and beside it
 `nested_quant_map` and `quant_state.bitsandbytes__nf4`.
 
 bitsandbytes 0.50 writes a checkpoint with wrong scales, silently, where a CPU forward came before saving and absmax is
-not itself quantized. Nothing is run here before saving, and absmax is quantized (`bnb_4bit_use_double_quant`), so that
-whoever loads, runs and saves the model again gets it back whole.
+not itself quantized. Nothing is run here before saving, and absmax is quantized too (`bnb_4bit_use_double_quant`).
+transformers 5.23 cannot save a model again that it loaded from such a checkpoint (NotImplementedError).
 """
 
 from __future__ import annotations
