@@ -44,6 +44,7 @@ _NAMES = {
     "Workbench": "calib.workbench",
     "apply_pass": "compress.pipeline",
     "compress_model": "passes.api",
+    "export_model": "passes.api",
     "find": "passes",
     "load": "passes.api",
     "load_view": "passes.api",

@@ -6,13 +6,10 @@ itself failed; 130 interrupted; 141 the reader of the output went away.
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import json
 import os
 import sys
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,43 +17,28 @@ import click
 
 from .compress import __version__
 from .compress.errors import DataError, GateFailed, PromiseBroken, RecipeError, SvlmError
+from .compress.export.table import FORMATS, format_table
+from .compress.options import (
+    Commands,
+    PipeClosed,
+    State,
+    anatomy_option,
+    data_option,
+    debug,
+    gate_option,
+    loading,
+    printing,
+    speed,
+    threads_option,
+    trust_option,
+    work,
+)
 
 if TYPE_CHECKING:
     from .compress.families import Family
     from .compress.recipe import Recipe
 
 DEMO = "demo"
-
-
-@dataclasses.dataclass
-class State:
-    """What the error handler has to know of the command that is running."""
-
-    debug: bool = False
-    interrupted: str = ""
-
-
-class PipeClosed(Exception):
-    """The reader of our output went away (`svlm passes | head -1`)."""
-
-
-class Commands(click.Group):
-    """Commands in the order in which they are used, and a closed pipe told apart from other I/O errors."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self.commands)
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            code = super().invoke(ctx)
-            sys.stdout.flush()
-            return code
-        except BrokenPipeError as error:
-            raise PipeClosed from error
-        except SystemExit as error:  # rich turns a closed pipe into exit code 1
-            if isinstance(error.__context__, BrokenPipeError):
-                raise PipeClosed from error
-            raise
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -85,51 +67,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _say(text: str) -> None:
     click.echo(f"svlm: {text}", err=True)
-
-
-def _debug(ctx: click.Context, _: click.Parameter, value: bool) -> None:
-    if value:
-        ctx.find_object(State).debug = True  # type: ignore[union-attr]
-
-
-def _threads(_: click.Context, __: click.Parameter, value: int | None) -> None:
-    if value:
-        os.environ["OMP_NUM_THREADS"] = str(value)  # before torch is imported
-
-
-debug = click.option(
-    "--debug", is_flag=True, expose_value=False, is_eager=True, callback=_debug, help="Show the traceback of an error."
-)
-as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-recipe_option = click.option(
-    "-r", "--recipe", required=True, metavar="RECIPE", help="A YAML file, or: default, int4, tokens-half, tiny."
-)
-set_option = click.option(
-    "-p", "--set", "assignments", multiple=True, metavar="PASS:KEY=VALUE", help="Override a setting; may be repeated."
-)
-gate_option = click.option("--gate", metavar="TEXT", help='One gate for all: "exact_match max_drop=0.01 on_fail=skip".')
-anatomy_option = click.option(
-    "--anatomy", type=click.Path(path_type=Path), metavar="ROW.YAML", help="Where the parts of an unknown family live."
-)
-trust_option = click.option("--trust-remote-code", is_flag=True, help="Run the Python code that a checkpoint brings.")
-threads_option = click.option(
-    "--threads", type=click.IntRange(1), callback=_threads, expose_value=False, help="CPU threads."
-)
-batch_option = click.option("--batch-size", type=click.IntRange(1), default=32, help="Questions in a batch; 32.")
-data_option = click.option(
-    "-d", "--data", metavar="DATA", help="JSONL, LLaVA JSON, folder, hub id, or demo (the default where MODEL is demo)."
-)
-
-
-def together(*options: Any) -> Callable[[Any], Any]:
-    """Several options as one decorator, shown in this order."""
-    return lambda command: functools.reduce(lambda inner, option: option(inner), reversed(options), command)
-
-
-work = together(recipe_option, data_option, set_option, gate_option)
-printing = together(as_json, debug)
-loading = together(anatomy_option, trust_option)
-speed = together(batch_option, threads_option)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -332,6 +269,37 @@ def report(out: Path, as_markdown: bool, as_json: bool) -> None:
         click.echo(markdown(read(out)), nl=False)
     else:
         _show_run(out, as_json)
+
+
+@cli.command(
+    epilog=f"\b\nFormats (bits; group sizes; packed = stays packed in memory while it runs):\n{format_table()}"
+)
+@click.argument("out")
+@click.option("--format", "name", required=True, type=click.Choice(sorted(FORMATS)), help="See the table below.")
+@click.option("-o", "--output", "folder", type=click.Path(path_type=Path), required=True, help="A new folder.")
+@click.option("--dense", is_flag=True, help="Write what the format cannot hold in 16 bits instead of refusing.")
+@loading
+@printing
+def export(
+    out: str, name: str, folder: Path, dense: bool, anatomy: Path | None, trust_remote_code: bool, as_json: bool
+) -> None:  # fmt: skip
+    """Write OUT as other projects read it. Integers and scales are re-packed, never quantized again.
+
+    \b
+    Examples:
+      svlm export runs/int4 --format gptq -o int4-gptq
+      svlm export runs/int4 --format awq --dense -o int4-awq
+      svlm export runs/pruned --format bnb -o nf4
+    """
+    from .passes.api import export_model
+
+    facts = export_model(out, name, folder, dense=dense, rows=_rows(anatomy), trust_remote_code=trust_remote_code)
+    if as_json:
+        _print_json(facts)
+    else:
+        click.echo(f"{folder}: {facts['format']}, {facts['bytes'] / 1e6:.1f} MB, {facts['packed']} linears packed")
+        for sentence in facts["notes"]:
+            click.echo(f"note: {sentence}")
 
 
 @cli.command()

@@ -301,21 +301,10 @@ def save(view: ModelView, folder: str | Path) -> int:
 
     _quiet()
     with whole_folder(Path(folder)) as temporary:
-        state = _cast_state(view)
-        model, config = view.model, view.model.config
-        saved_names = {path: _saved_name(revert_weight_conversion, model, path) for path in view.grids}
-        dtypes = _set_dtype(config, view.storage_dtype)
-        try:
-            if view.grids:
-                config.quantization_config = quantization_config(view, saved_names)
-            model.save_pretrained(temporary, state_dict=packed_state(view, state) if view.grids else state)
-        finally:
-            if view.grids:
-                del config.quantization_config
-            for part, value in dtypes:
-                part.dtype = value
-        if view.processor is not None:
-            view.processor.save_pretrained(temporary)
+        state = cast_state(view)
+        saved_names = {path: _saved_name(revert_weight_conversion, view.model, path) for path in view.grids}
+        packing = quantization_config(view, saved_names) if view.grids else None
+        write_checkpoint(view, temporary, packed_state(view, state) if view.grids else state, packing)
         grids = {
             path: {"saved": saved_names[path], "bits": g.bits, "group": g.group, "symmetric": g.symmetric}
             for path, g in view.grids.items()
@@ -337,7 +326,26 @@ def save(view: ModelView, folder: str | Path) -> int:
         return weight_bytes(temporary)
 
 
-def _cast_state(view: ModelView) -> dict[str, torch.Tensor]:
+def write_checkpoint(
+    view: ModelView, folder: Path, state: dict[str, torch.Tensor], packing: dict[str, Json] | None
+) -> None:
+    """Write `state`, the config with `packing` as its `quantization_config`, and the processor into `folder`."""
+    config = view.model.config
+    dtypes = _set_dtype(config, view.storage_dtype)
+    try:
+        if packing is not None:
+            config.quantization_config = packing
+        view.model.save_pretrained(folder, state_dict=state)
+    finally:
+        if packing is not None:
+            del config.quantization_config
+        for part, value in dtypes:
+            part.dtype = value
+    if view.processor is not None:
+        view.processor.save_pretrained(folder)
+
+
+def cast_state(view: ModelView) -> dict[str, torch.Tensor]:
     """The state dict in the dtype that is saved; tensors that share memory go on sharing it, so that ties are found."""
     cast: dict[tuple[int, torch.Size], torch.Tensor] = {}
     state = {}

@@ -16,6 +16,7 @@ from ..compress import __version__, storage
 from ..compress.anatomy import ModelView
 from ..compress.base import Json, Progress, Silent
 from ..compress.errors import OutputError, SvlmError
+from ..compress.export import run as _export
 from ..compress.families import Family
 from ..compress.gate import Gate
 from ..compress.pipeline import Outcome, Pipeline
@@ -191,6 +192,11 @@ def verify(
     }
 
 
+def export_model(spec: str | Path, name: str, folder: str | Path, **options: Any) -> dict[str, Json]:
+    """Write the model `spec` to `folder` in another project's format; see `compress/export/run.py`."""
+    return _export.export_model(spec, name, folder, find=find, **options)
+
+
 def environment() -> dict[str, Json]:
     """report.json's `environment`."""
     import transformers
@@ -242,6 +248,7 @@ __all__ = [
     "answer_probe",
     "compress_model",
     "environment",
+    "export_model",
     "load",
     "load_view",
     "read_recipe",

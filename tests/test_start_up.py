@@ -22,7 +22,9 @@ def _run(*arguments: str) -> tuple[float, subprocess.CompletedProcess[str]]:
     return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime, done
 
 
-@pytest.mark.parametrize("arguments", [("--help",), ("passes",), ("passes", "quantize.gptq"), ("compress", "--help")])
+@pytest.mark.parametrize(
+    "arguments", [("--help",), ("passes",), ("passes", "quantize.gptq"), ("compress", "--help"), ("export", "--help")]
+)
 def test_answers_within_half_a_second_and_without_torch(arguments: tuple[str, ...]) -> None:
     _run(*arguments)  # the first run may compile byte code
     seconds, done = min((_run(*arguments) for _ in range(3)), key=lambda pair: pair[0])

@@ -1,0 +1,89 @@
+"""`svlm export`: a saved model in another project's format, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .. import __version__, storage
+from ..anatomy import ModelView
+from ..base import Json
+from ..errors import OutputError, UsageError
+from ..families import Family
+from ..runtime.reduce import installed
+from . import awq, bnb, gptq
+from .table import find_format
+
+NOTE_FILE = "svlm-export.json"
+PACKERS: dict[str, Callable[..., Any]] = {"gptq": gptq.pack_model, "awq": awq.pack_model}
+
+
+def export_model(
+    spec: str | Path,
+    name: str,
+    folder: str | Path,
+    *,
+    find: storage.Finder,
+    dense: bool = False,
+    rows: Sequence[Family] = (),
+    trust_remote_code: bool = False,
+) -> dict[str, Json]:
+    """Write the model `spec` to `folder` in format `name`.
+
+    Args:
+        find: the menu of passes, which loading needs.
+        dense: write linears that the format cannot hold unpacked, with the same values, instead of refusing.
+
+    Returns:
+        `format`, `loader`, `bytes` of the weight files, `packed` (linears), `dense` (path -> reason), `notes`
+        (sentences). Also in `folder/svlm-export.json`.
+
+    Raises:
+        UsageError: no such format, or it cannot express the model. OutputError: `folder` holds something.
+    """
+    row, target = find_format(name), Path(folder)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise OutputError("the folder for the export holds something", where=str(target), change="give a new folder")
+    view = storage.load_model(spec, find=find, rows=rows, trust_remote_code=trust_remote_code)
+    facts: dict[str, Json] = {"svlm": __version__, "format": name, "source": str(spec), "loader": row.loader}
+    with storage.whole_folder(target) as temporary:
+        facts |= _write(view, Path(storage.resolve(spec)), row.module, name, temporary, dense)
+        reduction = installed(view.model)
+        if reduction is not None:
+            facts["notes"].append(
+                f"{reduction.label['pass']} is carried out by svlm.load alone: other loaders see all visual tokens"
+            )
+        facts["bytes"] = storage.weight_bytes(temporary)
+        (temporary / NOTE_FILE).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    return facts
+
+
+def _write(view: ModelView, source: Path, module: str, name: str, folder: Path, dense: bool) -> dict[str, Json]:
+    """Write weights, config and processor; returns `packed`, `dense` and `notes`."""
+    if module == "compressed_tensors":
+        return _copy(view, source, folder)
+    if module == "bnb":
+        packed, notes = bnb.write(view, folder)
+        if view.processor is not None:
+            view.processor.save_pretrained(folder)
+        return {"packed": packed, "dense": {}, "notes": notes}
+    state, config, choice, notes = PACKERS[module](view, storage.cast_state(view), name, dense=dense)
+    storage.write_checkpoint(view, folder, state, config)
+    return {"packed": len(choice.packed), "dense": dict(choice.dense), "notes": notes}
+
+
+def _copy(view: ModelView, source: Path, folder: Path) -> dict[str, Json]:
+    """What svlm saves is compressed-tensors already: the model's files, without those of the run."""
+    if not view.grids:
+        raise UsageError(
+            "compressed-tensors holds quantized linears, and this model has none",
+            where=str(source),
+            change="run a recipe with a quantize pass first (svlm compress MODEL -r int4)",
+        )
+    for path in sorted(source.iterdir()):
+        if path.is_file() and path.name not in ("report.json", "report.html", NOTE_FILE):
+            shutil.copy(path, folder)
+    return {"packed": len(view.grids), "dense": {}, "notes": ["a copy: svlm saves in this format"]}

@@ -1,0 +1,92 @@
+"""What the commands share: the click group, what the error handler knows of the command that runs, the common options.
+
+Imports click and nothing else that takes time, so that --help is instant.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+@dataclasses.dataclass
+class State:
+    """What the error handler has to know of the command that is running."""
+
+    debug: bool = False
+    interrupted: str = ""
+
+
+class PipeClosed(Exception):
+    """The reader of our output went away (`svlm passes | head -1`)."""
+
+
+class Commands(click.Group):
+    """Commands in the order in which they are used, and a closed pipe told apart from other I/O errors."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            code = super().invoke(ctx)
+            sys.stdout.flush()
+            return code
+        except BrokenPipeError as error:
+            raise PipeClosed from error
+        except SystemExit as error:  # rich turns a closed pipe into exit code 1
+            if isinstance(error.__context__, BrokenPipeError):
+                raise PipeClosed from error
+            raise
+
+
+def _debug(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    if value:
+        ctx.find_object(State).debug = True  # type: ignore[union-attr]
+
+
+def _threads(_: click.Context, __: click.Parameter, value: int | None) -> None:
+    if value:
+        os.environ["OMP_NUM_THREADS"] = str(value)  # before torch is imported
+
+
+debug = click.option(
+    "--debug", is_flag=True, expose_value=False, is_eager=True, callback=_debug, help="Show the traceback of an error."
+)
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+recipe_option = click.option(
+    "-r", "--recipe", required=True, metavar="RECIPE", help="A YAML file, or: default, int4, tokens-half, tiny."
+)
+set_option = click.option(
+    "-p", "--set", "assignments", multiple=True, metavar="PASS:KEY=VALUE", help="Override a setting; may be repeated."
+)
+gate_option = click.option("--gate", metavar="TEXT", help='One gate for all: "exact_match max_drop=0.01 on_fail=skip".')
+anatomy_option = click.option(
+    "--anatomy", type=click.Path(path_type=Path), metavar="ROW.YAML", help="Where the parts of an unknown family live."
+)
+trust_option = click.option("--trust-remote-code", is_flag=True, help="Run the Python code that a checkpoint brings.")
+threads_option = click.option(
+    "--threads", type=click.IntRange(1), callback=_threads, expose_value=False, help="CPU threads."
+)
+batch_option = click.option("--batch-size", type=click.IntRange(1), default=32, help="Questions in a batch; 32.")
+data_option = click.option(
+    "-d", "--data", metavar="DATA", help="JSONL, LLaVA JSON, folder, hub id, or demo (the default where MODEL is demo)."
+)
+
+
+def together(*options: Any) -> Callable[[Any], Any]:
+    """Several options as one decorator, shown in this order."""
+    return lambda command: functools.reduce(lambda inner, option: option(inner), reversed(options), command)
+
+
+work = together(recipe_option, data_option, set_option, gate_option)
+printing = together(as_json, debug)
+loading = together(anatomy_option, trust_option)
+speed = together(batch_option, threads_option)
