@@ -92,9 +92,10 @@ def _debug(ctx: click.Context, _: click.Parameter, value: bool) -> None:
         ctx.find_object(State).debug = True  # type: ignore[union-attr]
 
 
-def _threads(_: click.Context, __: click.Parameter, value: int | None) -> None:
+def _threads(_: click.Context, __: click.Parameter, value: int | None) -> int | None:
     if value:
         os.environ["OMP_NUM_THREADS"] = str(value)  # before torch is imported
+    return value
 
 
 debug = click.option(
@@ -354,6 +355,21 @@ def ask(out: str, image: Path, question: str, max_new_tokens: int, trust_remote_
 
     view = load_view(out, trust_remote_code=trust_remote_code)
     click.echo(answer(view, image, question, max_new_tokens=max_new_tokens))
+
+
+@cli.command()
+@click.argument("out")
+@click.option("--against", required=True, metavar="MODEL", help="The original, timed in eager transformers.")
+@click.option("--runtime", type=click.Choice(["torch", "openvino"]), default="torch", show_default=True)
+@click.option("--threads", type=click.IntRange(1), callback=_threads, help="CPU threads.")
+@printing
+def bench(out: str, against: str, runtime: str, threads: int | None, as_json: bool) -> None:
+    """Time OUT against the original, interleaved: vision, prefill, each token, a whole answer; memory and bytes."""
+    from .passes.bench import bench as measure
+    from .passes.bench import lines
+
+    made = measure(out, against, runtime=runtime, threads=threads)
+    _print_json(made) if as_json else click.echo("\n".join(lines(made)))
 
 
 def _recipe(source: str, assignments: tuple[str, ...], gate: str | None) -> Recipe:
