@@ -324,6 +324,27 @@ def ask(out: str, image: Path, question: str, max_new_tokens: int, trust_remote_
     click.echo(answer(view, image, question, max_new_tokens=max_new_tokens))
 
 
+@cli.command()
+@click.argument("out")
+@click.option("--against", required=True, metavar="MODEL", help="The original, timed in eager transformers.")
+@click.option("--runtime", type=click.Choice(["torch", "openvino"]), default="torch", show_default=True)
+@click.option("--threads", type=click.IntRange(1), help="CPU threads.")
+@printing
+def bench(out: str, against: str, runtime: str, threads: int | None, as_json: bool) -> None:
+    """Time OUT against the original, interleaved: vision, prefill, each token, a whole answer; memory and bytes.
+
+    \b
+    Examples:
+      svlm bench runs/demo --against demo
+      svlm bench runs/int4 --against ./my-vlm --runtime openvino --threads 2
+    """
+    from .passes.bench import bench as measure
+    from .passes.bench import lines
+
+    made = measure(out, against, runtime=runtime, threads=threads)
+    _print_json(made) if as_json else click.echo("\n".join(lines(made)))
+
+
 def _recipe(source: str, assignments: tuple[str, ...], gate: str | None) -> Recipe:
     from .compress.gate import Gate
     from .compress.recipe import read_recipe

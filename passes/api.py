@@ -15,7 +15,7 @@ from ..calib.workbench import Workbench
 from ..compress import __version__, storage
 from ..compress.anatomy import ModelView
 from ..compress.base import Json, Progress, Silent
-from ..compress.errors import OutputError, SvlmError
+from ..compress.errors import OutputError, SvlmError, UsageError, did_you_mean
 from ..compress.export import run as _export
 from ..compress.families import Family
 from ..compress.gate import Gate
@@ -29,6 +29,8 @@ from ..compress.stages import RunFolder
 from ..recipes import SHIPPED
 from . import find
 
+RUNTIMES = ("torch", "openvino")
+
 
 def load_view(
     spec: str | Path,
@@ -41,9 +43,37 @@ def load_view(
     return storage.load_model(spec, find=find, dtype=dtype, rows=rows, trust_remote_code=trust_remote_code)
 
 
-def load(spec: str | Path, **options: Any) -> Any:
-    """The model itself, rebuilt and ready to `generate`; its processor is `AutoProcessor.from_pretrained(spec)`."""
-    return load_view(spec, **options).model
+def load(
+    spec: str | Path,
+    *,
+    runtime: str = "torch",
+    threads: int | None = None,
+    example: Mapping[str, torch.Tensor] | None = None,
+    **options: Any,
+) -> Any:
+    """The model itself, rebuilt and ready to `generate`; its processor is `AutoProcessor.from_pretrained(spec)`.
+
+    Args:
+        runtime: ``torch``, or ``openvino``: all of it in OpenVINO on the CPU, greedy (extra ``[openvino]``). Its graphs
+            are kept under ``spec/.svlm/openvino`` where `spec` is a folder that svlm saved, else nowhere.
+        threads: of openvino; torch's number where not given. example: an encoded prompt with a picture, where the
+            model has no processor to make one.
+        options: of `load_view`.
+
+    Raises:
+        UsageError: no such runtime, openvino is not installed, or the model's family cannot run there.
+    """
+    if runtime not in RUNTIMES:
+        raise UsageError(f"no runtime '{runtime}'", change=did_you_mean(runtime, RUNTIMES))
+    if runtime == "torch":
+        return load_view(spec, **options).model
+    from ..calib.ask import example_prompt
+    from ..compress.runtime.openvino.build import load_openvino, require_openvino
+
+    require_openvino()
+    view = load_view(spec, **options)
+    folder = Path(spec) / ".svlm" / "openvino" if (Path(spec) / storage.LEDGER_FILE).is_file() else None
+    return load_openvino(view, example or example_prompt(view), folder, threads=threads)
 
 
 def read_recipe(source: str | Path) -> Recipe:

@@ -1,0 +1,245 @@
+"""A VLM that runs in OpenVINO: the model's own code around graphs that hold all of its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ...anatomy import ModelView
+from ...errors import UsageError
+from .convert import EMBEDDING, HEAD, MASKED, Call
+
+GREEDY = {"do_sample": (False, None), "num_beams": (1, None), "num_return_sequences": (1, None)}
+NEUTRAL = {"repetition_penalty": (1.0, None), "no_repeat_ngram_size": (0, None), "min_new_tokens": (0, None)}
+TAKEN = {"max_new_tokens", "eos_token_id", "pad_token_id", *GREEDY, *NEUTRAL}
+
+
+class Graph:
+    """A compiled graph with one request: arrays in, arrays out. Outputs are valid until the next run."""
+
+    def __init__(self, compiled: Any) -> None:
+        self.compiled = compiled
+        self.request = compiled.create_infer_request()
+        self.shapes = [tuple(port.get_partial_shape()) for port in compiled.inputs]
+
+    def run(self, *inputs: np.ndarray) -> list[np.ndarray]:
+        found = self.request.infer(dict(enumerate(inputs)), share_inputs=True, share_outputs=True)
+        return list(found.values())
+
+
+def array(tensor: Tensor) -> np.ndarray:
+    """A contiguous array of a tensor; floats as float32."""
+    tensor = tensor.detach()
+    return (tensor.float() if tensor.is_floating_point() else tensor).contiguous().numpy()
+
+
+class LanguageState:
+    """The decoder's graph, and what the tokens after the prompt need to know: their positions and what they may see."""
+
+    def __init__(self, graph: Graph, decoder: nn.Module, kinds: tuple[str, ...], lead: tuple[int, ...]) -> None:
+        self.graph, self.decoder, self.kinds, self.lead = graph, decoder, kinds, lead
+        self.config: Any = decoder.config
+        self.seen: list[np.ndarray] = []
+        self.next = np.zeros(0, dtype=np.int64)
+        self.beams = np.zeros(0, dtype=np.int32)
+
+    def prompt(self, embeds: Tensor, mask: Any, positions: Tensor | None) -> Tensor:
+        """Hidden states [B, q, D] of a prompt; forgets what was before."""
+        rows, new = embeds.shape[:2]
+        if positions is None:
+            flat = mask if isinstance(mask, Tensor) and mask.ndim == 2 else torch.ones(rows, new, dtype=torch.long)
+            positions = (flat.long().cumsum(-1) - 1).clamp_min(0) if not self.lead else torch.arange(new)
+        positions = positions.expand(*self.lead, rows, new)
+        masks = [array(m) for m in self.masks(embeds, mask, positions)]
+        self.graph.request.reset_state()
+        self.beams = np.arange(rows, dtype=np.int32)
+        hidden = self.graph.run(array(embeds), array(positions), *masks, self.beams)[0]
+        self.seen = [m[:, :, -1:, :] for m in masks]
+        flat_positions = array(positions).reshape(-1, rows, new)
+        self.next = flat_positions.max(axis=(0, 2)) + 1
+        return torch.from_numpy(hidden.copy())
+
+    def step(self, embeds: np.ndarray) -> np.ndarray:
+        """Hidden states [B, 1, D] of one more token."""
+        rows = len(embeds)
+        self.seen = [np.concatenate([m, np.zeros((rows, 1, 1, 1), np.float32)], 3) for m in self.seen]
+        positions = np.broadcast_to(self.next[:, None], (*self.lead, rows, 1))
+        masks = [self._windowed(kind, m) for kind, m in zip(self.kinds or ("",), self.seen)]
+        hidden = self.graph.run(embeds, np.ascontiguousarray(positions), *masks, self.beams)[0]
+        self.next = self.next + 1
+        return hidden
+
+    def _windowed(self, kind: str, mask: np.ndarray) -> np.ndarray:
+        """`mask` of one new token with what has left the sliding window taken out."""
+        window = self.window(kind)
+        if not window or mask.shape[3] <= window:
+            return mask
+        mask = mask.copy()
+        mask[..., :-window] = MASKED
+        return mask
+
+    def window(self, kind: str) -> int:
+        """The sliding window of layers of this kind; 0 where they have none."""
+        if kind == "full_attention":
+            return 0
+        window = getattr(self.config, "sliding_window", None)
+        return window if window and getattr(self.config, "use_sliding_window", True) is not False else 0
+
+    def masks(self, embeds: Tensor, mask: Any, positions: Tensor) -> list[Tensor]:
+        """What the model's own code makes of `mask`, as values to add to scores: [B, 1, q, q] for each kind."""
+        from transformers.masking_utils import create_masks_for_generate
+
+        if not isinstance(mask, dict) and not (isinstance(mask, Tensor) and mask.ndim == 4):
+            plain = positions.reshape(-1, *positions.shape[-2:])[0]
+            mask = create_masks_for_generate(
+                config=self.config,
+                inputs_embeds=embeds,
+                attention_mask=mask,
+                past_key_values=None,
+                position_ids=plain,
+            )
+        given = [mask[kind] if isinstance(mask, dict) else mask for kind in self.kinds or ("",)]
+        return [_additive(m, embeds.shape[0], embeds.shape[1]) for m in given]
+
+
+def mask_kinds(decoder: Any, embeds: Tensor, mask: Any) -> tuple[str, ...]:
+    """Kinds of layers that have masks of their own, () where all share one."""
+    from transformers.masking_utils import create_masks_for_generate
+
+    if not isinstance(mask, dict) and not (isinstance(mask, Tensor) and mask.ndim == 4):
+        mask = create_masks_for_generate(
+            config=decoder.config, inputs_embeds=embeds, attention_mask=mask, past_key_values=None, position_ids=None
+        )
+    return tuple(sorted(mask)) if isinstance(mask, dict) else ()
+
+
+def _additive(mask: Any, rows: int, new: int) -> Tensor:
+    if mask is None:
+        return torch.full((new, new), MASKED).triu(1).expand(rows, 1, new, new)
+    seen = mask if mask.dtype == torch.bool else mask > MASKED
+    return torch.where(seen, 0.0, MASKED).expand(rows, 1, new, new)
+
+
+def run_image(graph: Graph, call: Call, args: tuple, kwargs: Mapping[str, Any], where: str) -> Any:
+    """A tower's or connector's output, picture by picture.
+
+    Raises:
+        UsageError: pictures of another size than the graph was made for.
+    """
+    tensors = call.tensors(args, kwargs)
+    shapes = [tuple(t.shape[1:]) for t in tensors]
+    if shapes != call.shapes:
+        raise UsageError(
+            "the openvino runtime was converted for pictures of another size",
+            where=where,
+            found=f"{shapes}, not {call.shapes}",
+            change="give pictures as the model's processor makes them, or svlm.load(..., example=batch) with such ones",
+        )
+    arrays = [array(t) for t in tensors]
+    each = [[out.copy() for out in graph.run(*(a[i : i + 1] for a in arrays))] for i in range(len(arrays[0]))]
+    return call.output([torch.from_numpy(np.concatenate(parts)) for parts in zip(*each)])
+
+
+class OpenVINOModel:
+    """What `svlm.load(OUT, runtime="openvino")` returns: `generate` and forward as in torch, greedy.
+
+    Attributes:
+        config, generation_config: of the model. notes: what became of its constants, and how it is compiled.
+    """
+
+    def __init__(
+        self, view: ModelView, graphs: Mapping[str, Graph], language: LanguageState, calls: Mapping[str, Call],
+        notes: dict[str, Any],
+    ) -> None:  # fmt: skip
+        self.skeleton, self.view = view.model, view
+        self.config, self.generation_config = view.model.config, view.model.generation_config
+        self.graphs, self.language, self.calls, self.notes = dict(graphs), language, dict(calls), notes
+        self.device = torch.device("cpu")
+        self._attach()
+
+    def _attach(self) -> None:
+        """Let the modules of the skeleton run their graphs; hooks on them go on working."""
+        for path, call in self.calls.items():
+            module = self.skeleton.get_submodule(path)
+
+            def image(*args: Any, _path: str = path, _call: Call = call, **kwargs: Any) -> Any:
+                return run_image(self.graphs[_path], _call, args, kwargs, _path)
+
+            module.forward = image
+        for name, module in ((EMBEDDING, self.skeleton.get_input_embeddings()), (HEAD, self.skeleton.get_output_embeddings())):
+
+            def rows(values: Tensor, *args: Any, _name: str = name, **kwargs: Any) -> Tensor:
+                return torch.from_numpy(self.graphs[_name].run(array(values))[0].copy())
+
+            module.forward = rows
+        self.view.decoder.forward = self._decode  # type: ignore[method-assign]
+
+    def _decode(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        **more: Any,
+    ) -> Any:
+        from transformers.modeling_outputs import BaseModelOutputWithPast
+
+        if past_key_values is not None and past_key_values.get_seq_length() > 0:
+            raise UsageError(
+                "the openvino runtime keeps its own cache", change="call generate, or the model on whole prompts"
+            )
+        if inputs_embeds is None:
+            assert input_ids is not None
+            inputs_embeds = self.skeleton.get_input_embeddings()(input_ids)
+        hidden = self.language.prompt(inputs_embeds, attention_mask, position_ids)
+        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=past_key_values)
+
+    @torch.no_grad()
+    def __call__(self, **inputs: Any) -> Any:
+        """The forward of a whole prompt: logits [B, L, vocabulary]."""
+        inputs.pop("use_cache", None)
+        return self.skeleton(**inputs, use_cache=False)
+
+    @torch.no_grad()
+    def generate(self, max_new_tokens: int | None = None, **inputs: Any) -> Tensor:
+        """Greedy answers, prompt included, as transformers' generate returns them: [B, L + new].
+
+        Args:
+            max_new_tokens: default: the model's generation config.
+
+        Raises:
+            UsageError: a setting that greedy decoding does not have.
+        """
+        settings = {k: inputs.pop(k) for k in list(inputs) if k in TAKEN}
+        for key in ("do_sample", "num_beams", "num_return_sequences", *NEUTRAL):
+            value = settings.get(key, getattr(self.generation_config, key, None))
+            if value not in (GREEDY | NEUTRAL)[key]:
+                raise UsageError(
+                    "the openvino runtime generates greedily",
+                    where=f"generate({key})",
+                    found=repr(value),
+                    change="svlm.load(OUT) generates in torch with every setting of transformers",
+                )
+        limit = max_new_tokens or self.generation_config.max_new_tokens or 20
+        ends = settings.get("eos_token_id", self.generation_config.eos_token_id)
+        ends = np.array([] if ends is None else ends, dtype=np.int64).reshape(-1)
+        pad = settings.get("pad_token_id", self.generation_config.pad_token_id)
+        prompt = self.skeleton.generate(**inputs, max_new_tokens=1, do_sample=False)
+        tokens = [prompt[:, -1].numpy()]
+        done = np.isin(tokens[0], ends)
+        filler = int(pad if pad is not None else (ends[0] if len(ends) else 0))
+        embedding, head = self.graphs[EMBEDDING], self.graphs[HEAD]
+        while len(tokens) < limit and not done.all():
+            embeds = embedding.run(tokens[-1][:, None])[0]
+            logits = head.run(self.language.step(embeds))[0]
+            new = logits[:, -1].argmax(-1)
+            new = np.where(done, filler, new).astype(np.int64)
+            done = done | np.isin(new, ends)
+            tokens.append(new)
+        return torch.cat([prompt[:, :-1], torch.from_numpy(np.stack(tokens, 1))], 1)
+
