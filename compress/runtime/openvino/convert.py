@@ -112,7 +112,7 @@ def observe(view: ModelView, batch: Mapping[str, Tensor]) -> Seen:
             if path in seen.calls:
                 raise _refused(view, f"it calls {path} more than once for a batch")
             if not tensors or len({len(t) for t in tensors}) != 1 or (path == paths[0] and tensors[0].ndim != 4):
-                raise _refused(view, f"{path} takes pictures of any size in one row, which a traced graph cannot follow")
+                raise _refused(view, f"{path} takes pictures of any size in one row; a traced graph cannot")
             call.shapes = [tuple(t.shape[1:]) for t in tensors]
             out, call.result = tree_flatten(output)
             call.count = len(out)
