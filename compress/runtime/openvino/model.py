@@ -170,13 +170,16 @@ class OpenVINOModel:
                 return run_image(self.graphs[_path], _call, args, kwargs, _path)
 
             module.forward = image
-        for name, module in ((EMBEDDING, self.skeleton.get_input_embeddings()), (HEAD, self.skeleton.get_output_embeddings())):
+        for name, module in (
+            (EMBEDDING, self.skeleton.get_input_embeddings()),
+            (HEAD, self.skeleton.get_output_embeddings()),
+        ):
 
             def rows(values: Tensor, *args: Any, _name: str = name, **kwargs: Any) -> Tensor:
                 return torch.from_numpy(self.graphs[_name].run(array(values))[0].copy())
 
             module.forward = rows
-        self.view.decoder.forward = self._decode  # type: ignore[method-assign]
+        self.view.decoder.forward = self._decode
 
     def _decode(
         self,
@@ -242,4 +245,3 @@ class OpenVINOModel:
             done = done | np.isin(new, ends)
             tokens.append(new)
         return torch.cat([prompt[:, :-1], torch.from_numpy(np.stack(tokens, 1))], 1)
-
