@@ -45,7 +45,7 @@ def load_openvino(
 
     Args:
         example: one encoded prompt with a picture, as the processor makes it; pictures keep its size.
-        folder: where graphs are kept and found again, by the fingerprint of weights, example, openvino; None: nowhere.
+        folder: where graphs are kept and found again, by the fingerprint of weights, example and openvino; or None.
         threads: of OpenVINO; torch's number where not given.
 
     Raises:

@@ -112,7 +112,9 @@ def observe(view: ModelView, batch: Mapping[str, Tensor]) -> Seen:
             if path in seen.calls:
                 raise _refused(view, f"it calls {path} more than once for a batch")
             if not tensors or len({len(t) for t in tensors}) != 1 or (path == paths[0] and tensors[0].ndim != 4):
-                raise _refused(view, f"{path} takes pictures of any size in one row; a traced graph cannot")
+                raise _refused(
+                    view, f"{path} takes pictures of any size in one row, which a traced graph cannot follow"
+                )
             call.shapes = [tuple(t.shape[1:]) for t in tensors]
             out, call.result = tree_flatten(output)
             call.count = len(out)
@@ -225,14 +227,18 @@ class Decoder(nn.Module):
             layer.keys, layer.values = keys, values
             cache.layers.append(layer)
         mask: Any = dict(zip(self.kinds, masks)) if self.kinds else masks[0]
-        hidden = type(self.inner).forward(
-            self.inner,
-            inputs_embeds=embeds,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state
+        hidden = (
+            type(self.inner)
+            .forward(
+                self.inner,
+                inputs_embeds=embeds,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+            )
+            .last_hidden_state
+        )
         grown = [t for layer in cache.layers for t in (layer.keys, layer.values)]
         return (hidden, *grown)
 
@@ -290,6 +296,7 @@ def fix_shapes(graph: Any, shapes: list[list[int]]) -> None:
 def make_stateful(graph: Any, first: int) -> None:
     """Turn inputs from `first` on, and the outputs after the first, into state that a beam index reorders."""
     import numpy as np
+
     import openvino as ov
     from openvino import opset13 as op
     from openvino._offline_transformations import apply_make_stateful_transformation
@@ -320,9 +327,7 @@ def make_stateful(graph: Any, first: int) -> None:
     graph.validate_nodes_and_infer_types()
 
 
-def convert_decoder(
-    view: ModelView, embeds: Tensor, positions: Tensor, kinds: tuple[str, ...]
-) -> tuple[Any, Counts]:
+def convert_decoder(view: ModelView, embeds: Tensor, positions: Tensor, kinds: tuple[str, ...]) -> tuple[Any, Counts]:
     """The decoder as a stateful graph.
 
     Args:

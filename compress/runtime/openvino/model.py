@@ -170,8 +170,10 @@ class OpenVINOModel:
                 return run_image(self.graphs[_path], _call, args, kwargs, _path)
 
             module.forward = image
-        ends = {EMBEDDING: self.skeleton.get_input_embeddings(), HEAD: self.skeleton.get_output_embeddings()}
-        for name, module in ends.items():
+        for name, module in (
+            (EMBEDDING, self.skeleton.get_input_embeddings()),
+            (HEAD, self.skeleton.get_output_embeddings()),
+        ):
 
             def rows(values: Tensor, *args: Any, _name: str = name, **kwargs: Any) -> Tensor:
                 return torch.from_numpy(self.graphs[_name].run(array(values))[0].copy())
@@ -243,4 +245,3 @@ class OpenVINOModel:
             done = done | np.isin(new, ends)
             tokens.append(new)
         return torch.cat([prompt[:, :-1], torch.from_numpy(np.stack(tokens, 1))], 1)
-
