@@ -296,7 +296,6 @@ def fix_shapes(graph: Any, shapes: list[list[int]]) -> None:
 def make_stateful(graph: Any, first: int) -> None:
     """Turn inputs from `first` on, and the outputs after the first, into state that a beam index reorders."""
     import numpy as np
-
     import openvino as ov
     from openvino import opset13 as op
     from openvino._offline_transformations import apply_make_stateful_transformation
