@@ -17,7 +17,7 @@ class HQQ(Pass):
     """Fit every group's zero point and scale to its weights by half-quadratic splitting, then round. Needs no data.
 
     The error is counted in a norm below 1, in which few large errors weigh less than many middling ones. Zero points
-    are integers here, as all packed formats store them; HQQ's own are not, which costs a part of its gain.
+    are integers here, as all packed formats store them; HQQ's own are not.
 
     Settings:
         bits: 2, 3, 4 or 8.
