@@ -32,8 +32,9 @@ class GPTQ(Pass):
         blocksize: columns between two updates of the rest; changes the speed, not the result.
         true_sequential: inside a block, statistics of a later linear are taken after the earlier ones were rounded
             (q, k, v; then o; then gate, up; then down). False takes all of a block's statistics at once: faster.
-        token_weights: how visual and text tokens count in the Hessian: ``balanced`` (half each), ``uniform`` or
-            ``text``. In the vision tower and the connector every token counts the same.
+        token_weights: how visual and text tokens count in the Hessian: ``gradient`` weighs a visual
+            token by MBQ's ratio of gradients, r of its block's attention or MLP, where text weighs 1; ``balanced``
+            (half each), ``uniform`` or ``text``. In the vision tower and the connector every token counts the same.
         scale_search: choose each scale by the least error weighted by the Hessian diagonal, not by the largest weight.
     """
 
@@ -49,7 +50,7 @@ class GPTQ(Pass):
     act_order: Literal["static", "none"] = "static"
     blocksize: int = 128
     true_sequential: bool = True
-    token_weights: Literal["balanced", "uniform", "text"] = "balanced"
+    token_weights: Literal["gradient", "balanced", "uniform", "text"] = "gradient"
     scale_search: bool = True
 
     def __post_init__(self) -> None:
@@ -96,6 +97,7 @@ class GPTQ(Pass):
             unit.notes["linears"] = linears
         rows = {path: row for notes in walk.notes.values() for path, row in notes["linears"].items()}
         numbers = _numbers(rows) | {"visual_token_share": visual_share(model, ctx.fit)}
+        numbers["visual_token_weight"] = walk.weights_used(self.token_weights)
         return Notes(numbers, {"linears": list(rows)})
 
     def ensures(self, model: ModelView) -> None:

@@ -26,7 +26,9 @@ class RTN(Pass):
         search: ``none`` takes the scale from the largest weight; ``importance`` searches the clipped scale with the
             least rounding error weighted by E[x^2] of the inputs (AutoRound's opt-RTN), which needs data: blocks are
             walked in forward order, and each sees what the rounded ones before it produce.
-        token_weights: how visual and text tokens count in E[x^2]: ``balanced`` (half each), ``uniform`` or ``text``.
+        token_weights: how visual and text tokens count in E[x^2]: ``gradient`` weighs a visual token by MBQ's ratio of
+            gradients, r of its block's attention or MLP, where text weighs 1; ``balanced`` (half each), ``uniform`` or
+            ``text``.
     """
 
     name: ClassVar[str] = "quantize.rtn"
@@ -38,7 +40,7 @@ class RTN(Pass):
     symmetric: bool = True
     where: tuple[str, ...] | str = ("vision", "connector", "language")
     search: Literal["none", "importance"] = "none"
-    token_weights: Literal["balanced", "uniform", "text"] = "balanced"
+    token_weights: Literal["gradient", "balanced", "uniform", "text"] = "gradient"
 
     def __post_init__(self) -> None:
         check_settings(self.bits, self.group, self.symmetric)
@@ -66,6 +68,7 @@ class RTN(Pass):
         numbers: dict[str, Json] = {"linears": len(rows), "relative_weight_error": squared / whole if whole else 0.0}
         if self.search == "importance":
             numbers["visual_token_share"] = visual_share(model, ctx.fit)
+            numbers["visual_token_weight"] = walk.weights_used(self.token_weights)
         return Notes(numbers, {"linears": list(rows)})
 
     def _round(self, model: ModelView, ref: LinearRef, importance: torch.Tensor | None) -> dict[str, Json]:
