@@ -7,13 +7,15 @@ mean after any number of batches, whatever the batches' sizes.
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from collections.abc import Mapping
+from typing import Any, Literal, Protocol
 
 import torch
 
-from ..compress.anatomy import TokenMasks
+from ..compress.anatomy import LinearRef, ModelView, TokenMasks
 
-TokenWeights = Literal["balanced", "uniform", "text"]
+TokenWeights = Literal["gradient", "balanced", "uniform", "text"]
+Kept = tuple[torch.Tensor, torch.Tensor]  # places [batch, tokens], valid: what a token pass left (`Reduction.last`)
 
 
 class Stat(Protocol):
@@ -136,21 +138,53 @@ def _kept(x: torch.Tensor, weights: torch.Tensor, dtype: torch.dtype) -> tuple[t
     return x.detach().to(dtype), weights, float(weights.sum(dtype=torch.float64))
 
 
-def modality_weights(masks: TokenMasks, mode: TokenWeights = "balanced") -> torch.Tensor:
+def input_masks(
+    view: ModelView, batch: Mapping[str, Any], ref: LinearRef, kept: Kept | None = None
+) -> TokenMasks | None:
+    """What the rows of a linear's input are, masks [batch, tokens]; None where all are an image's own.
+
+    Args:
+        kept: what a token pass left of the sequence. Inside the decoder rows are these tokens, and what fills a row up
+            is padding; after it the sequence has its full length again, and what was taken out is padding.
+    """
+    tokens = ref.unit.cross if ref.role in ("cross.k", "cross.v") else ref.unit.tokens
+    if tokens == "image":
+        return None
+    masks = view.token_masks(batch, tokens)
+    if kept is None:
+        return masks
+    places, valid = (t.to(masks.text.device) for t in kept)
+    if ref.path.startswith(view.decoder_path + "."):
+        vision, text, answer, padding = (m.gather(1, places) for m in vars(masks).values())
+        return TokenMasks(vision & valid, text & valid, answer & valid, padding | ~valid)
+    seen = torch.zeros_like(masks.text).scatter(1, places, valid)
+    return TokenMasks(masks.vision & seen, masks.text & seen, masks.answer & seen, masks.padding | ~seen)
+
+
+def modality_weights(
+    masks: TokenMasks, mode: TokenWeights = "balanced", *, ratio: float | None = None, share: float | None = None
+) -> torch.Tensor:
     """Weights of a batch's tokens, float32 [batch, tokens]; padding is 0.
 
     ``uniform``: 1 for every real token. ``text``: 1 for text, 0 for visual tokens. ``balanced``: the visual and the
     text tokens of the batch carry half of the total weight each, and the mean weight of a real token is 1 (a batch with
-    only one of the two is uniform).
+    only one of the two is uniform). ``gradient``: a visual token weighs `ratio` times as much as one of text (MBQ's
+    gradient ratio, `balance.Balance`; without one, ``balanced``), scaled so that the mean weight is 1 in data of which
+    `share` are visual tokens (default: in this batch).
     """
     vision, text = masks.vision.float(), masks.text.float()
     if mode == "uniform":
         return vision + text
     if mode == "text":
         return text
-    if mode != "balanced":
-        raise ValueError(f"token weights are balanced, uniform or text, not '{mode}'")
+    if mode not in ("balanced", "gradient"):
+        raise ValueError(f"token weights are gradient, balanced, uniform or text, not '{mode}'")
     n_vision, n_text = float(vision.sum()), float(text.sum())
+    if mode == "gradient" and ratio is not None:
+        if share is None:
+            share = n_vision / max(n_vision + n_text, 1.0)
+        mean = 1 - share + share * ratio
+        return (text + ratio * vision) / (mean or 1.0)
     if n_vision == 0 or n_text == 0:
         return vision + text
     half = (n_vision + n_text) / 2

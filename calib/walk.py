@@ -28,14 +28,15 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from ..compress.anatomy import LinearRef, ModelView, TokenMasks, Unit
+from ..compress.anatomy import LinearRef, ModelView, Unit
 from ..compress.base import Json, Progress, Silent, evaluating
 from ..compress.errors import WorkFailed
 from ..compress.runtime.reduce import installed
 from ..compress.selectors import Where
+from .balance import Balance
 from .replay import Probe, hollow, patched, recording, replaying, swapped
 from .scratch import Scratch
-from .stats import Stat, TokenWeights, modality_weights
+from .stats import Kept, Stat, TokenWeights, input_masks, modality_weights
 
 S = TypeVar("S", bound=Stat)
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -74,6 +75,7 @@ class WalkUnit:
             stat_factory: makes an empty statistic, for instance the class `Hessian`.
             linears: linears of this unit.
             token_weights: see `stats.modality_weights`. All tokens in the vision tower and the connector weigh 1.
+                ``gradient`` measures the model at the first time it is asked for: ask before changing weights.
 
         Returns:
             The statistic of each linear; linears that share an input share one.
@@ -169,9 +171,11 @@ class Walk:
         where: selector; None selects everything but the head.
         scratch: a folder that keeps finished units across a kill; they are restored and not yielded again.
         name: of the walk, a folder in `scratch`, unique within a pass.
+        balance: the gradient ratios of token_weights ``gradient``, shared by the walks of a pass.
 
     Attributes:
         notes: unit name -> what the pass noted there, restored units included.
+        balance: as given, or one that measures this model on `batches` when it is first asked.
 
     The body may change the tensors of its own unit (shapes too) and `view.grids` of its linears; nothing else.
     """
@@ -185,6 +189,7 @@ class Walk:
         scratch: Path | None = None,
         name: str = "walk",
         progress: Progress | None = None,
+        balance: Balance | None = None,
     ) -> None:
         self.view, self.batches = view, batches
         self._units = view.units
@@ -195,7 +200,10 @@ class Walk:
             self._selected.setdefault(ref.unit, []).append(ref)
         self._scratch = Scratch(scratch / name, view, batches, list(self._selected)) if scratch else None
         self._memos: dict[str, list[list[Any]]] = {}  # module path -> batch -> arrival -> output
-        self._kept: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * len(batches)  # by a token pass
+        self._kept: list[Kept | None] = [None] * len(batches)  # by a token pass
+        self._shares: dict[LinearRef, float] = {}
+        self._weighs = any(ref.unit.tokens != "image" for refs in self._selected.values() for ref in refs)
+        self.balance = balance or Balance(view, batches, scratch)
         self._probe: Probe | None = None
 
     def __len__(self) -> int:
@@ -233,6 +241,22 @@ class Walk:
         with evaluating(self.view.model), patched(self._returning(index)):
             return self._forward(index)
 
+    def weights_used(self, mode: TokenWeights) -> Json:
+        """For a pass's notes: what a visual token weighed in the language model where one of text weighed 1.
+
+        With ``balanced`` over all batches; with ``gradient`` the spread over layers (`balance.Measured.numbers`), None
+        where no such token was weighed at all.
+        """
+        if mode == "gradient":
+            known = self.balance.known()
+            return known.numbers() if known else None
+        if mode != "balanced":
+            return {"uniform": 1.0, "text": 0.0}[mode]
+        tokens = "prompt" if self.view.family.seq2seq and all("input_ids" in b for b in self.batches) else "sequence"
+        masks = [self.view.token_masks(batch, tokens) for batch in self.batches]
+        vision, text = (sum(int(getattr(m, kind).sum()) for m in masks) for kind in ("vision", "text"))
+        return text / vision if vision and text else 1.0
+
     # ------------------------------------------------------------------------------------------------ one unit alone
 
     def _run(self, unit: Unit, args: tuple[Any, ...], kwargs: dict[str, Any], gradients: bool = False) -> Any:
@@ -246,19 +270,24 @@ class Walk:
 
     def _weights(self, index: int, ref: LinearRef, mode: TokenWeights) -> torch.Tensor | None:
         """Token weights [batch, tokens] of a linear's input; None: all 1."""
-        tokens = ref.unit.cross if ref.role in ("cross.k", "cross.v") else ref.unit.tokens
-        if tokens == "image":
+        if mode == "gradient" and self._weighs:  # before the first change of a weight, whichever unit comes first
+            self.balance.measured()
+        masks = input_masks(self.view, self.batches[index], ref, self._kept[index])
+        if masks is None:
             return None
-        masks = self.view.token_masks(self.batches[index], tokens)
-        kept = self._kept[index]
-        if kept is None:
+        if mode != "gradient":
             return modality_weights(masks, mode)
-        places, valid = (t.to(masks.text.device) for t in kept)
-        seen = torch.zeros_like(masks.text).scatter(1, places, valid)  # weights are balanced over what is left
-        masks = TokenMasks(masks.vision & seen, masks.text & seen, masks.answer & seen, masks.padding | ~seen)
-        weights = modality_weights(masks, mode)
-        inside = ref.path.startswith(self.view.decoder_path + ".")
-        return weights.gather(1, places) * valid if inside else weights  # after the decoder the length is the full one
+        return modality_weights(masks, mode, ratio=self.balance.ratio(ref), share=self._share(ref))
+
+    def _share(self, ref: LinearRef) -> float:
+        """Share of visual tokens among the rows of a linear's input, over all batches."""
+        if ref not in self._shares:
+            found = [input_masks(self.view, batch, ref, kept) for batch, kept in zip(self.batches, self._kept)]
+            vision, text = (
+                sum(int(getattr(m, kind).sum()) for m in found if m is not None) for kind in ("vision", "text")
+            )
+            self._shares[ref] = vision / max(vision + text, 1)
+        return self._shares[ref]
 
     # ------------------------------------------------------------------------------------------------- the whole model
 
@@ -288,6 +317,7 @@ class Walk:
         records: dict[str, list[list[Any]]] = {path: [] for path in [*owners, *keep]}
         complete = dict.fromkeys(records, True)
         calls: list[list[Call]] = []
+        self._shares.clear()
         for index in range(len(self.batches)):
             expected = probe.calls(self.batches[index], unit.path)
             caught: list[Call] = []

@@ -13,6 +13,7 @@ import torch
 
 from ..compress.anatomy import ModelView
 from ..compress.base import Context, Json, Progress, Silent, evaluating
+from .balance import Balance
 from .cost import cost
 from .dataset import CalibrationSet
 from .encode import Encoder
@@ -122,8 +123,10 @@ def _context(
     progress: Progress,
     recovery: Callable[[int], Iterator[Mapping[str, Any]]] | None,
 ) -> Context:
+    balance = Balance(view, fit, scratch)
+
     def walk(where: Any = None, **options: Any) -> Walk:
-        return Walk(view, fit, where, scratch=scratch, progress=progress, **options)
+        return Walk(view, fit, where, scratch=scratch, progress=progress, balance=balance, **options)
 
     @contextmanager
     def teacher() -> Iterator[ModelView]:

@@ -96,6 +96,12 @@ def check_data(step: Pass, ctx: Context) -> None:
     """Raise Unmet where the pass needs statistics and there is nothing to take them from."""
     if not ctx.fit:
         raise Unmet(f"{step.name} needs calibration data", found="no fit samples", change="calibration: {fit: 128}")
+    if step.settings().get("token_weights") == "gradient" and not all("labels" in batch for batch in ctx.fit):
+        raise Unmet(
+            f"{step.name}: token_weights 'gradient' needs answers",
+            found="fit samples without labels",
+            change="token_weights: balanced",
+        )
 
 
 def check_pairs(step: Pass, model: ModelView) -> None:

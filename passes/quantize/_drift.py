@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ...calib.stats import Hessian, TokenWeights
+from ...calib.stats import Hessian
 from ...calib.walk import Walk, WalkUnit
 from ...compress.anatomy import LinearRef, ModelView, view_of
 from ...compress.base import Context
@@ -69,9 +69,9 @@ class Twin:
         """Go on to the unit `name`. Units that a resumed walk restored are run through, so that nothing differs."""
         self._unit = next(unit for unit in self._units if unit.name == name)
 
-    def inputs(self, stage: tuple[LinearRef, ...], token_weights: TokenWeights) -> dict[str, Kept]:
+    def inputs(self, stage: tuple[LinearRef, ...]) -> dict[str, Kept]:
         """The original inputs of the linears of this unit at the same places as `stage`, by path."""
         assert self._unit is not None
         paths = {ref.path for ref in stage}
         same = [ref for ref in self._unit.linears if ref.path in paths]
-        return {ref.path: kept for ref, kept in self._unit.observe(Kept, same, token_weights).items()}
+        return {ref.path: kept for ref, kept in self._unit.observe(Kept, same, "uniform").items()}

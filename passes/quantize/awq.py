@@ -39,8 +39,10 @@ class AWQ(Pass):
         clip: shrink the range of each row and group where that lowers the error of its output; never in q and k.
         solver: how the scaled weights are rounded: ``rtn`` to the nearest point (after `clip`), ``gptq`` column by
             column with error compensation and the searched scales of quantize.gptq (`clip` is not used).
-        token_weights: how visual and text tokens count in activations, losses and the clip search: ``balanced`` (half
-            each), ``uniform`` or ``text``. In the vision tower and the connector every token counts the same.
+        token_weights: how visual and text tokens count in activations, losses and the clip search: ``gradient``
+            weighs a visual token by MBQ's ratio of gradients, r of its block's attention or MLP, where text weighs 1;
+            ``balanced`` (half each), ``uniform`` or ``text``. In the vision tower and the connector every token counts
+            the same.
     """
 
     name: ClassVar[str] = "quantize.awq"
@@ -55,7 +57,7 @@ class AWQ(Pass):
     scaling: Literal["activation", "duo", "both"] = "both"
     clip: bool = True
     solver: Literal["rtn", "gptq"] = "rtn"
-    token_weights: Literal["balanced", "uniform", "text"] = "balanced"
+    token_weights: Literal["gradient", "balanced", "uniform", "text"] = "gradient"
 
     def __post_init__(self) -> None:
         check_settings(self.bits, self.group, self.symmetric)
@@ -74,6 +76,7 @@ class AWQ(Pass):
         pairs = [row for notes in walk.notes.values() for row in notes["pairs"]]
         rows = {path: row for notes in walk.notes.values() for path, row in notes["linears"].items()}
         numbers = _numbers(pairs, rows) | {"visual_token_share": visual_share(model, ctx.fit)}
+        numbers["visual_token_weight"] = walk.weights_used(self.token_weights)
         return Notes(numbers, {"linears": list(rows)})
 
     def _scale(self, model: ModelView, unit: Any) -> list[dict[str, Json]]:

@@ -47,8 +47,9 @@ class GPTQ(Pass):
         blocksize: columns between two updates of the rest; changes the speed, not the result.
         true_sequential: inside a block, statistics of a later linear are taken after the earlier ones were rounded
             (q, k, v; then o; then gate, up; then down). False takes all of a block's statistics at once: faster.
-        token_weights: how visual and text tokens count in the Hessian: ``balanced`` (half each), ``uniform`` or
-            ``text``. In the vision tower and the connector every token counts the same.
+        token_weights: how visual and text tokens count in the Hessian: ``gradient`` weighs a visual
+            token by MBQ's ratio of gradients, r of its block's attention or MLP, where text weighs 1; ``balanced``
+            (half each), ``uniform`` or ``text``. In the vision tower and the connector every token counts the same.
         scale_search: choose each scale, of either sign, by the least error weighted by what an error in the column
             costs after compensation (1 / U_ii^2), not by the largest weight.
         refine: rounds that follow GPTQ, each new scales by least squares and a sweep over the integers in which every
@@ -70,7 +71,7 @@ class GPTQ(Pass):
     act_order: Literal["static", "none"] = "static"
     blocksize: int = 128
     true_sequential: bool = True
-    token_weights: Literal["balanced", "uniform", "text"] = "balanced"
+    token_weights: Literal["gradient", "balanced", "uniform", "text"] = "gradient"
     scale_search: bool = True
     refine: int = 2
     asymmetric: float = 0.0
@@ -105,7 +106,7 @@ class GPTQ(Pass):
                 twin.follow(unit.name)
             for stage in unit.stages if self.true_sequential else (unit.linears,):
                 if twin:
-                    before = twin.inputs(stage, self.token_weights)
+                    before = twin.inputs(stage)
                     stats: dict[LinearRef, Hessian] = {}
                     for same in _by_input(stage):
                         pair = functools.partial(Drift, before[same[0].path])
@@ -147,9 +148,9 @@ class GPTQ(Pass):
             unit.notes["linears"] = linears
         rows = {path: row for notes in walk.notes.values() for path, row in notes["linears"].items()}
         groups = {path: row["group"] for path, row in rows.items()}
-        numbers = (
-            _numbers(rows) | group_notes(groups, self.group) | {"visual_token_share": visual_share(model, ctx.fit)}
-        )
+        numbers = _numbers(rows) | group_notes(groups, self.group)
+        numbers["visual_token_share"] = visual_share(model, ctx.fit)
+        numbers["visual_token_weight"] = walk.weights_used(self.token_weights)
         if twin:
             numbers["linears_without_a_pair"] = sum(row["unpaired"] for row in rows.values())
         return Notes(numbers, {"linears": groups})

@@ -41,8 +41,9 @@ class Round(Pass):
             comes after it does; ``mse`` counts it as it is, so that few large tokens decide. Where every token counts
             the same (vision tower, connector) it is always ``mse``.
         batch_size: samples a step.
-        token_weights: how visual and text tokens count in the difference of a block's outputs: ``balanced`` (half
-            each), ``uniform`` or ``text``. In the vision tower and the connector every token counts the same.
+        token_weights: how visual and text tokens count in the difference of a block's outputs: ``gradient`` weighs a
+            visual token by MBQ's ratio of gradients, where text weighs 1; ``balanced`` (half each), ``uniform`` or
+            ``text``. In the vision tower and the connector every token counts the same.
         seed: of the order in which samples are drawn.
         init: what the descent starts from: ``rtn``, rounding to nearest with searched scales, or ``gptq``, the weights
             as GPTQ had them when it rounded them.
@@ -61,7 +62,7 @@ class Round(Pass):
     clip_rate: float = 0.0
     loss: Literal["relative", "mse"] = "relative"
     batch_size: int = 8
-    token_weights: Literal["balanced", "uniform", "text"] = "balanced"
+    token_weights: Literal["gradient", "balanced", "uniform", "text"] = "gradient"
     seed: int = 0
     init: Literal["rtn", "gptq"] = "gptq"
 
@@ -99,6 +100,7 @@ class Round(Pass):
                 "skipped": course.skipped,
             }
         numbers = _numbers(walk.notes) | {"visual_token_share": visual_share(model, ctx.fit)}
+        numbers["visual_token_weight"] = walk.weights_used(self.token_weights)
         return Notes(numbers, {"linears": [path for notes in walk.notes.values() for path in notes["linears"]]})
 
     def _rounded_to_nearest(self, model: ModelView, unit: WalkUnit) -> tuple[dict[LinearRef, Rounding], int]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from ...compress.base import Context, Json, Notes, Pass
 from ._common import (
+    check_data,
     check_grids,
     check_inputs,
     check_linears,
@@ -38,7 +39,9 @@ class RTN(Pass):
             the inputs (AutoRound's opt-RTN): blocks are walked in forward order, and each sees what the rounded ones
             before it produce. Where there are no samples, all inputs count alike, and the notes count these linears.
             ``none`` takes ``scale = max|w| / (2^(bits-1) - 1)`` and needs no data: the plain control.
-        token_weights: how visual and text tokens count in E[x^2]: ``balanced`` (half each), ``uniform`` or ``text``.
+        token_weights: how visual and text tokens count in E[x^2]: ``gradient`` weighs a visual token by MBQ's ratio of
+            gradients, r of its block's attention or MLP, where text weighs 1; ``balanced`` (half each), ``uniform`` or
+            ``text``.
     """
 
     name: ClassVar[str] = "quantize.rtn"
@@ -50,13 +53,15 @@ class RTN(Pass):
     symmetric: bool = True
     where: tuple[str, ...] | str = ("vision", "connector", "language")
     search: Literal["importance", "none"] = "importance"
-    token_weights: Literal["balanced", "uniform", "text"] = "balanced"
+    token_weights: Literal["gradient", "balanced", "uniform", "text"] = "gradient"
 
     def __post_init__(self) -> None:
         check_settings(self.bits, self.group, self.symmetric)
 
     def requires(self, model: ModelView, ctx: Context) -> None:
         check_linears(self, model, model.linears(self.where))
+        if self.search == "importance" and ctx.fit:
+            check_data(self, ctx)
 
     def apply(self, model: ModelView, ctx: Context) -> Notes:
         rows: dict[str, Json] = {}
@@ -80,6 +85,7 @@ class RTN(Pass):
             numbers["searched_without_importance"] = sum(row["blind"] for row in rows.values())
             if ctx.fit:
                 numbers["visual_token_share"] = visual_share(model, ctx.fit)
+                numbers["visual_token_weight"] = walk.weights_used(self.token_weights)
         return Notes(numbers, {"linears": groups})
 
     def _round(self, model: ModelView, ref: LinearRef, importance: torch.Tensor | None) -> dict[str, Json]:

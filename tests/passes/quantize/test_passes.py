@@ -215,24 +215,37 @@ def solve(weight: torch.Tensor, h: torch.Tensor, step: GPTQ) -> torch.Tensor:
     ).weight
 
 
-@pytest.mark.parametrize("mode", ["balanced", "uniform", "text"])
+@pytest.mark.parametrize("mode", ["gradient", "balanced", "uniform", "text"])
 def test_token_weights_reach_the_hessian(mode: Any) -> None:
     step = GPTQ(bits=3, group=8, where=("language.blocks[0].attn.q",), token_weights=mode)
     view, notes = run(step)
     original = fresh()
     (ref,) = original.linears(step.where)
-    for other in ("balanced", "uniform", "text"):
+    for other in ("gradient", "balanced", "uniform", "text"):
         wanted = solve(ref.module.weight, first_stage(original, other).matrix, step)
         assert torch.equal(view.linear(ref.path).module.weight, wanted) == (other == mode)
     masks = [original.token_masks(batch) for batch in batches()]
     visual, text = (sum(int(getattr(m, kind).sum()) for m in masks) for kind in ("vision", "text"))
     assert notes.numbers["visual_token_share"] == pytest.approx(visual / (visual + text))
+    weight = notes.numbers["visual_token_weight"]
+    if mode == "gradient":
+        assert 0 < weight["attn"]["min"] <= weight["attn"]["median"] <= weight["attn"]["max"] and weight["mlp"]
+    else:
+        assert weight == pytest.approx({"balanced": text / visual, "uniform": 1, "text": 0}[mode])
+
+
+@pytest.mark.parametrize("step", [GPTQ(group=8), RTN(group=8, search="importance")], ids=["gptq", "rtn"])
+def test_gradient_weights_need_answers(step: Pass) -> None:
+    bare = [{k: v for k, v in batch.items() if k != "labels"} for batch in batches()]
+    with pytest.raises(Unmet, match="needs answers"):
+        run(step, data=bare)
+    run(type(step).from_settings(step.settings() | {"token_weights": "balanced"}), data=bare)
 
 
 def test_true_sequential_takes_statistics_after_the_earlier_linears_were_rounded() -> None:
     where = ("language.blocks[0]",)
-    together, _ = run(GPTQ(bits=2, group=8, where=where, true_sequential=False))
-    one_by_one, _ = run(GPTQ(bits=2, group=8, where=where))
+    together, _ = run(GPTQ(bits=2, group=8, where=where, token_weights="balanced", true_sequential=False))
+    one_by_one, _ = run(GPTQ(bits=2, group=8, where=where, token_weights="balanced"))
     a, b = weights(together, where), weights(one_by_one, where)
     same = {path.rsplit(".", 1)[1]: torch.equal(a[path], b[path]) for path in a}
     assert same["q_proj"] and same["k_proj"] and same["v_proj"], "nothing comes before them"
@@ -326,7 +339,7 @@ def test_the_inputs_before_and_after_rounding_are_those_of_the_same_tokens() -> 
     unit = next(walk)
     twin.follow(unit.name)
     stage = unit.stages[0]
-    before = twin.inputs(stage, "uniform")
+    before = twin.inputs(stage)
     (ref, stat), *_ = unit.observe(lambda: Drift(before[stage[0].path]), stage, "uniform").items()
     rows: dict[bool, list[torch.Tensor]] = {False: [], True: []}
     for batch in data:
