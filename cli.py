@@ -364,7 +364,13 @@ def ask(out: str, image: Path, question: str, max_new_tokens: int, trust_remote_
 @click.option("--threads", type=click.IntRange(1), callback=_threads, help="CPU threads.")
 @printing
 def bench(out: str, against: str, runtime: str, threads: int | None, as_json: bool) -> None:
-    """Time OUT against the original, interleaved: vision, prefill, each token, a whole answer; memory and bytes."""
+    """Time OUT against the original, interleaved: vision, prefill, each token, a whole answer; memory and bytes.
+
+    \b
+    Examples:
+      svlm bench runs/demo --against demo
+      svlm bench runs/int4 --against ./my-vlm --runtime openvino --threads 4
+    """
     from .passes.bench import bench as measure
     from .passes.bench import lines
 

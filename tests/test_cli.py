@@ -22,7 +22,7 @@ from svlm.passes import api
 from svlm.recipes import SHIPPED
 from tests import reports, zoo
 
-COMMANDS = ("passes", "inspect", "plan", "compress", "verify", "report", "ask")
+COMMANDS = ("passes", "inspect", "plan", "compress", "verify", "report", "ask", "bench")
 Run = Callable[..., tuple[int, str, str]]
 
 
