@@ -237,7 +237,7 @@ def verify(
     """
     from .compress.gate import Gate
 
-    limit = Gate.parse(gate) if gate else None
+    limit = None if gate is None else Gate.parse(gate)
     samples = _data(data, against)
     from .compress.report.tables import print_comparison
     from .compress.report.terminal import progress
@@ -352,7 +352,7 @@ def _recipe(source: str, assignments: tuple[str, ...], gate: str | None) -> Reci
     from .recipes import SHIPPED
 
     made = read_recipe(source, find, SHIPPED).override([_assignment(text) for text in assignments])
-    return made.with_gate(Gate.parse(gate)) if gate else made
+    return made if gate is None else made.with_gate(Gate.parse(gate))
 
 
 def _assignment(text: str) -> tuple[str, str, str]:

@@ -289,7 +289,11 @@ def _backward(
             reduction = installed(view.model)
             kept = reduction.last if reduction else None
             if not bool(loss.isfinite()):
-                raise WorkFailed("the loss on the calibration answers is not finite", found=str(float(loss.detach())))
+                raise WorkFailed(
+                    "the loss on the calibration answers is not finite",
+                    found=str(float(loss.detach())),
+                    change="'token_weights: balanced' goes block by block and names the first linear concerned",
+                )
             if loss.requires_grad:
                 loss.backward()
     return arrived, kept

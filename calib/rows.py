@@ -121,6 +121,11 @@ def _json_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     for where, row in numbered:
         if not isinstance(row, dict):
             raise DataError("a row is a JSON object", where=where, found=repr(row)[:80], change=f"like {EXAMPLE}")
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:  # half a pair: JSON can say it, no tokenizer and no file takes it
+            found = f"a lone surrogate, {error.object[error.start]!a}"
+            raise DataError("a row is not valid Unicode", where=where, found=found, change="write it anew") from error
         yield where, row
 
 

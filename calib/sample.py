@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image, ImageOps
 
 from ..compress.errors import DataError
@@ -70,7 +71,20 @@ class ImageSource:
 def _upright(picture: Image.Image) -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of odd EXIF data and palettes with transparency
-        return ImageOps.exif_transpose(picture).convert("RGB")
+        return ImageOps.exif_transpose(_eight_bits(picture)).convert("RGB")
+
+
+def _eight_bits(picture: Image.Image) -> Image.Image:
+    """16-bit grey as 8-bit grey, which Pillow's own conversion would clip to white."""
+    if picture.mode == "F":
+        raise ValueError("floating-point pixels have no agreed range; save it with 8 or 16 bits")
+    if not picture.mode.startswith("I"):
+        return picture
+    values = np.asarray(picture.convert("I"))
+    if values.min() < 0 or values.max() > 65535:
+        raise ValueError(f"pixels from {values.min()} to {values.max()}; save it with 8 or 16 bits")
+    deep = picture.mode.startswith("I;16") or values.max() > 255
+    return Image.fromarray((values // 257 if deep else values).astype(np.uint8))
 
 
 @dataclass(frozen=True)

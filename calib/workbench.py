@@ -59,6 +59,7 @@ class Workbench:
             "fit": len(self.data.fit),
             "check": len(self.data.check),
             "fingerprint": self.data.fingerprint,
+            "batch_size": self.batch_size,
         }
 
     @cached_property

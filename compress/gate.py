@@ -41,9 +41,9 @@ class Gate:
     on_fail: Literal["stop", "skip", "keep", "retry"] = "stop"
 
     def __post_init__(self) -> None:
-        if self.metric not in BOUNDS:
-            raise RecipeError(f"gate: unknown metric '{self.metric}'", change=did_you_mean(self.metric, BOUNDS))
-        if self.on_fail not in ON_FAIL:
+        if not isinstance(self.metric, str) or self.metric not in BOUNDS:
+            raise RecipeError(f"gate: unknown metric '{self.metric}'", change=did_you_mean(str(self.metric), BOUNDS))
+        if not isinstance(self.on_fail, str) or self.on_fail not in ON_FAIL:
             raise RecipeError(
                 f"gate: unknown on_fail '{self.on_fail}'", change=did_you_mean(str(self.on_fail), ON_FAIL)
             )

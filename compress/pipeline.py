@@ -81,12 +81,13 @@ class Pipeline:
     load_options: Mapping[str, Any] = field(default_factory=dict)
 
     def run(self, original: ModelView, bench: Bench, run: RunFolder) -> Outcome:
-        """Run every step, from the last finished stage on. `original` itself is never changed.
+        """Run every step, from the last finished stage on. `original` is rounded to the dtype it is saved in, no more.
 
         Raises:
             UsageError: a pass's `requires` does not hold.
             WorkFailed: weights that are not finite, a stage that does not load back equal, a full disk.
         """
+        round_to_storage(original)
         seed = self.recipe.calibration.seed
         key = chain(
             "", fingerprint(original), bench.info, {"svlm": __version__, "torch": torch.__version__, "seed": seed}
@@ -99,7 +100,6 @@ class Pipeline:
         }
         folder = run.stage(0, None, key)
         if not folder.is_applied():
-            round_to_storage(original)
             _save_applied(folder, original, bench, {"notes": {}, "seconds": 0.0, "peak_rss_bytes": 0})
         base, items = self._measured(folder, bench, None, 0, None)
         stages, answers = [base], [items]

@@ -74,7 +74,9 @@ class Recipe:
             raise RecipeError("a recipe is a mapping with the key 'passes'", where=name, found=repr(value)[:80])
         _known(value, {"calibration", "gate", "passes", "name"}, name)
         calibration = _calibration(value.get("calibration", {}), f"{name}: calibration")
-        gate = Gate.from_json(value["gate"], where=f"{name}: gate") if value.get("gate") else DEFAULT_GATE
+        gate: Gate | None = DEFAULT_GATE
+        if "gate" in value:
+            gate = None if value["gate"] is None else Gate.from_json(value["gate"], where=f"{name}: gate")
         rows = value.get("passes")
         if not isinstance(rows, list) or not rows:
             raise RecipeError(
@@ -102,8 +104,12 @@ class Recipe:
                     where=where,
                     change=did_you_mean(name, {s.step.name for s in steps}),
                 )
+            try:
+                value = yaml.safe_load(text)
+            except yaml.YAMLError as error:
+                raise RecipeError("the value is not YAML", where=where, found=text) from error
             for i in hits:
-                settings = steps[i].step.settings() | {key: yaml.safe_load(text)}
+                settings = steps[i].step.settings() | {key: value}
                 steps[i] = Step(type(steps[i].step).from_settings(settings, where=where), steps[i].gate)
         return dataclasses.replace(self, steps=tuple(steps))
 
@@ -130,7 +136,7 @@ def read_recipe(source: str | Path, menu: Menu, shipped: Mapping[str, Path]) -> 
     return Recipe.from_json(value, menu, name=path.stem)
 
 
-def _step(row: Json, gate: Gate, menu: Menu, where: str) -> Step:
+def _step(row: Json, gate: Gate | None, menu: Menu, where: str) -> Step:
     if isinstance(row, str):
         row = {row: {}}
     if not isinstance(row, Mapping):

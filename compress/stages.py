@@ -19,9 +19,13 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from .base import Json, Pass
 from .errors import OutputError
@@ -86,13 +90,13 @@ class RunFolder:
         return self.work / "reference"
 
     def claim(self, *, resume: bool, overwrite: bool) -> None:
-        """Make OUT ours, or refuse.
+        """Make OUT ours, or refuse. Takes nothing away: see `clear`.
 
         Raises:
             OutputError: OUT exists and is not ours, or holds a run and neither `resume` nor `overwrite` was asked for.
         """
-        if self.out.exists() and not self.out.is_dir():
-            raise OutputError("OUT is a file", where=str(self.out), change="give a folder")
+        if (self.out.exists() or self.out.is_symlink()) and not self.out.is_dir():
+            raise OutputError("OUT is no folder", where=str(self.out), change="give a folder, or a new name")
         held = list(self.out.iterdir()) if self.out.is_dir() else []
         ours = self.work.is_dir() or (self.out / LEDGER_FILE).is_file()
         if held and not ours:
@@ -108,13 +112,34 @@ class RunFolder:
                 where=str(self.out),
                 change="--resume goes on with it, --overwrite starts afresh",
             )
-        if held and overwrite and not resume:
-            for part in ("stages", "scratch", "reference"):
-                shutil.rmtree(self.work / part, ignore_errors=True)
         write_whole(
             self.work / "README",
             "Stages of an svlm run; --resume needs them. Safe to delete when the run is finished.\n",
         )
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold OUT against other runs; the system lets go when the process ends, however it ends.
+
+        Raises:
+            OutputError: another run is at work there.
+        """
+        lock = FileLock(self.work / "lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise OutputError(
+                "another run is at work in OUT", where=str(self.out), change="wait for it, or give another folder"
+            ) from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def clear(self) -> None:
+        """Forget the stages of an earlier run; what it published stays until it is replaced."""
+        for part in ("stages", "scratch", "reference"):
+            shutil.rmtree(self.work / part, ignore_errors=True)
 
     def stage(self, index: int, step: Pass | None, key: str) -> StageFolder:
         label = step.name if step is not None else "baseline"

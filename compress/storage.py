@@ -29,6 +29,7 @@ from .ledger import SCHEMA, Ledger, Record
 
 DEMO = Path(__file__).resolve().parent.parent / "calib" / "demo" / "model"
 LEDGER_FILE = "svlm.json"
+SAVED_KEYS = {"schema", "source", "storage_dtype", "ledger", "grids"}
 Finder = Callable[[str], type[Pass]]
 
 
@@ -159,6 +160,7 @@ def load_model(
     model, storage = _from_pretrained(path, dtype, trust_remote_code)
     view = view_of(model, _processor(path, trust_remote_code), source=str(spec), rows=rows)
     view.storage_dtype = storage
+    round_to_storage(view)  # a checkpoint may be finer than its config says
     check_finite(view, str(spec))
     return view
 
@@ -222,7 +224,11 @@ def _load_saved(
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     saved = read_json(path / LEDGER_FILE)
-    if saved.get("schema") != SCHEMA:
+    lacking = SAVED_KEYS - set(saved if isinstance(saved, dict) else ())
+    if lacking or not isinstance(getattr(torch, str(saved["storage_dtype"]), None), torch.dtype):
+        found = f"without {', '.join(sorted(lacking))}" if lacking else f"storage_dtype {saved['storage_dtype']!r}"
+        raise ModelError("svlm.json is damaged", where=str(path), found=found, change="run svlm compress again")
+    if saved["schema"] != SCHEMA:
         raise ModelError(f"svlm.json has schema {saved.get('schema')}, this svlm reads {SCHEMA}", where=str(path))
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
@@ -388,12 +394,23 @@ def read_json(path: Path) -> Any:
 
 
 def fingerprint(view: ModelView) -> str:
-    """sha256 over names, dtypes, shapes and bytes of all weights and the config: changes with any of them."""
-    digest = hashlib.sha256(view.model.config.to_json_string(use_diff=False).encode())
+    """sha256 over config, ledger, and names, dtypes, shapes and bytes of all weights: changes with any of them.
+
+    Where the model was loaded from, and by which version of transformers, does not count.
+    """
+    told = [_without(view.model.config.to_dict(), {"_name_or_path", "transformers_version"}), view.ledger.to_json()]
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode())
     for name, tensor in sorted(view.model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _without(value: Any, keys: set[str]) -> Any:
+    """`value` without these keys, at any depth."""
+    if isinstance(value, dict):
+        return {str(k): _without(v, keys) for k, v in value.items() if k not in keys}
+    return value
 
 
 def _quiet() -> None:

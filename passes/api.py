@@ -25,6 +25,7 @@ from ..compress.publish import prove_reload, publish
 from ..compress.recipe import Recipe
 from ..compress.recipe import read_recipe as _read_recipe
 from ..compress.report import gallery_rows, write
+from ..compress.report import read as read_report
 from ..compress.stages import RunFolder
 from ..recipes import SHIPPED
 from . import find
@@ -125,6 +126,18 @@ def compress_model(
     )
     run = RunFolder(Path(out))
     run.claim(resume=o.resume, overwrite=o.overwrite)
+    with run.locked():
+        return _run(plan, original, samples, data, run, o)
+
+
+def _run(
+    plan: Recipe,
+    original: ModelView,
+    samples: CalibrationSet,
+    data: CalibrationSet | str | Path,
+    run: RunFolder,
+    o: Options,
+) -> dict[str, Json]:
     bench = Workbench(
         original, samples, cache_dir=run.reference, batch_size=o.batch_size, latency=o.latency, progress=o.progress
     )
@@ -135,6 +148,8 @@ def compress_model(
     except BaseException:
         run.abandon()
         raise
+    if o.overwrite and not o.resume:
+        run.clear()
     pipeline = Pipeline(plan, find, o.progress, o.on_stage, load_options)
     outcome = pipeline.run(original, bench, run)
     report = _finish(outcome, original, bench, run, data, o)
@@ -197,7 +212,7 @@ def verify(
 
     Counts and seed default to those of the run that made `out`, so that the figures are the report's.
     """
-    made = storage.read_json(Path(out) / "report.json") if (Path(out) / "report.json").is_file() else {}
+    made = read_report(out) if (Path(out) / "report.json").is_file() else {}
     c = made.get("recipe", {}).get("calibration", {})
     pick = {
         "fit": fit or c.get("fit", 256),

@@ -18,8 +18,10 @@ from safetensors.torch import load_file, save_file
 
 import svlm
 from svlm import cli
-from svlm.compress.errors import WorkFailed
+from svlm.compress.errors import OutputError, RecipeError, Unmet, WorkFailed
+from svlm.compress.gate import Gate
 from svlm.compress.recipe import Recipe
+from svlm.compress.stages import RunFolder
 from svlm.compress.storage import DEMO
 from svlm.passes import api, find
 
@@ -61,6 +63,11 @@ def _lacks_a_question(folder: Path) -> None:
         file.write('{"image": "0.png", "answer": "red"}\n')
 
 
+def _breaks_a_letter(folder: Path) -> None:
+    with (folder / "rows.jsonl").open("a") as file:
+        file.write('{"image": "0.png", "question": "what is \\ud83d", "answer": "red"}\n')
+
+
 def _nothing(folder: Path) -> None:
     pass
 
@@ -70,6 +77,8 @@ BROKEN = [
     (_cuts_an_image_off, SMALL, "3.png"),
     (_empties_the_file, SMALL, "rows.jsonl"),
     (_lacks_a_question, SMALL, "question"),
+    (_breaks_a_letter, SMALL, "line 9"),
+    (_nothing, SMALL | {"gate": {"metric": ["exact_match"], "max_drop": 0.1}}, "exact_match"),
     (_nothing, SMALL | {"calibration": {"fit": 0, "check": 8}}, "fit"),
     (_nothing, SMALL | {"passes": [{"quantize.rtn": {"where": ["langage"]}}]}, "langage"),
     (_nothing, SMALL | {"passes": [{"quantize.rtn": {"where": ["language.blocks[99]"]}}]}, "language.blocks[99]"),
@@ -201,3 +210,49 @@ def test_what_the_user_put_into_out_survives_another_run(tmp_path: Path) -> None
     (tmp_path / "out" / "notes.txt").write_text("good at counting")
     api.compress_model("demo", plan, "demo", tmp_path / "out", api.Options(latency=False, overwrite=True))
     assert (tmp_path / "out" / "notes.txt").read_text() == "good at counting"
+
+
+def test_a_recipe_that_cannot_run_takes_nothing_from_an_earlier_run(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    api.compress_model("demo", Recipe.from_json(SMALL, find), "demo", out, api.Options(latency=False, keep_stages=True))
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file() and p.name != "lock"}
+    impossible = Recipe.from_json(SMALL | {"passes": [{"quantize.awq": {"group": 7}}]}, find)
+    with pytest.raises(Unmet, match="group 7"):
+        api.compress_model("demo", impossible, "demo", out, api.Options(latency=False, overwrite=True))
+    assert all(p.read_bytes() == content for p, content in before.items())
+
+
+def test_two_runs_in_one_folder_are_one_too_many(tmp_path: Path) -> None:
+    first, second = RunFolder(tmp_path / "out"), RunFolder(tmp_path / "out")
+    first.claim(resume=False, overwrite=False)
+    with first.locked(), pytest.raises(OutputError, match="another run"), second.locked():
+        pass
+    with second.locked():
+        pass
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(OutputError, match="no folder"):
+        RunFolder(tmp_path / "link").claim(resume=False, overwrite=False)
+
+
+@pytest.mark.parametrize("content", ["[]", '{"schema": 1}', "{", '{"schema": 1, "storage_dtype": "nn"}'])
+def test_damaged_books_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str) -> None:
+    shutil.copytree(DEMO, tmp_path / "out")
+    for name in ("svlm.json", "report.json"):
+        (tmp_path / "out" / name).write_text(content)
+    for command in (["inspect", f"{tmp_path / 'out'}"], ["report", f"{tmp_path / 'out'}"]):
+        assert cli.main(command) == 2
+        said = capsys.readouterr().err
+        assert "Traceback" not in said and "Error:" not in said.replace("JSONDecodeError:", ""), said
+
+
+def test_gates_that_say_nothing() -> None:
+    steps = {"passes": ["quantize.rtn", {"quantize.gptq": {}, "gate": {"metric": "kl", "max": 1}}]}
+    ungated = Recipe.from_json(steps | {"gate": None}, find)
+    assert [step.gate for step in ungated.steps] == [None, Gate("kl", max=1)]
+    assert Recipe.from_json(steps, find).steps[0].gate is not None
+    with pytest.raises(RecipeError):
+        Recipe.from_json(steps | {"gate": False}, find)
+    with pytest.raises(RecipeError):
+        Gate.parse("")
+    with pytest.raises(RecipeError, match="not YAML"):
+        ungated.override([("quantize.rtn", "bits", "[")])

@@ -50,11 +50,14 @@ def read(out_dir: str | Path) -> dict[str, Any]:
     Raises:
         OutputError: there is none, or it is not JSON.
     """
+    change = "give the OUT of a finished 'svlm compress'"
     try:
-        return json.loads((Path(out_dir) / "report.json").read_text(encoding="utf-8"))
+        report = json.loads((Path(out_dir) / "report.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        change = "give the OUT of a finished 'svlm compress'"
         raise OutputError("no report here", where=str(out_dir), found=str(error), change=change) from error
+    if not isinstance(report, dict) or not isinstance(report.get("stages"), list) or not report["stages"]:
+        raise OutputError("report.json is no report of svlm", where=str(out_dir), found="no stages", change=change)
+    return report
 
 
 def _finite(value: Any) -> Any:

@@ -45,8 +45,8 @@ class Rounding:
         """The grid as it now is."""
         start, dtype = self.start, self.start.scale.dtype
         if start.zero is None:
-            return Grid(start.bits, start.group, True, _positive(self.upper * start.scale.float(), dtype))
-        scale = _positive((self.upper * self._top - self.lower * self._bottom) / (start.high - start.low), dtype)
+            return Grid(start.bits, start.group, True, _nonzero(self.upper * start.scale.float(), dtype))
+        scale = _nonzero((self.upper * self._top - self.lower * self._bottom) / (start.high - start.low), dtype)
         zero = self._wanted_zero(scale).clamp(start.low, start.high)
         return Grid(start.bits, start.group, False, scale, zero.to(torch.int8))
 
@@ -187,5 +187,7 @@ def draws(parts: int, each: int, generator: torch.Generator) -> Iterator[list[in
         yield taken
 
 
-def _positive(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return scale.to(dtype).clamp(min=torch.finfo(dtype).tiny)
+def _nonzero(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`scale` in `dtype`, with its sign, and not smaller than the smallest normal number."""
+    size = scale.to(dtype).abs().clamp(min=torch.finfo(dtype).tiny)
+    return torch.where(scale < 0, -size, size)

@@ -13,6 +13,7 @@ from PIL import Image
 
 from svlm.calib import sources
 from svlm.calib.dataset import CalibrationSet, Sample
+from svlm.calib.sample import ImageSource
 from svlm.compress.errors import DataError
 
 
@@ -276,3 +277,13 @@ def test_every_mode_becomes_rgb_and_upright(tmp_path: Path) -> None:
     gray, turned = (s.images[0].open() for s in pool(lines(tmp_path, *rows)))
     assert (gray.mode, gray.getpixel((0, 0)), gray.size) == ("RGB", (9, 9, 9), (4, 2))
     assert turned.size == (2, 4)
+
+
+def test_deep_grey_pictures_keep_their_shades(tmp_path: Path) -> None:
+    ramp = np.linspace(0, 65535, 64 * 64, dtype=np.uint16).reshape(64, 64)
+    Image.fromarray(ramp).save(tmp_path / "deep.png")
+    shades = np.asarray(ImageSource(tmp_path / "deep.png").open())
+    assert abs(float(shades.mean()) - 127.5) < 1 and shades.max() == 255 and shades.min() == 0
+    Image.fromarray(np.linspace(0, 1, 64 * 64, dtype=np.float32).reshape(64, 64)).save(tmp_path / "float.tiff")
+    with pytest.raises(DataError, match="floating-point"):
+        ImageSource(tmp_path / "float.tiff").open()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -290,14 +291,16 @@ def test_a_linear_that_no_token_reaches_is_rounded_to_nearest_and_counted(monkey
     assert notes.numbers["searched_without_importance"] == len(view.grids)
 
 
-@pytest.mark.parametrize("kind", [GPTQ(bits=4, group=8), RTN(bits=4, group=8), GPTQ(group=8, asymmetric=0.25)])
+@pytest.mark.parametrize("kind", [GPTQ, RTN, functools.partial(GPTQ, asymmetric=0.25)])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_inputs_that_are_not_finite_are_refused_by_name(kind: Pass, value: float) -> None:
+def test_inputs_that_are_not_finite_are_refused_by_name(kind: Callable[..., Pass], value: float) -> None:
     view = fresh()
     block = next(unit for unit in view.units if unit.name == "language.blocks[1]").module
     block.input_layernorm.weight.data[5] = value
+    with pytest.raises(WorkFailed, match="token_weights: balanced"):
+        run(kind(group=8), view)
     with pytest.raises(WorkFailed, match="not finite") as caught:
-        run(kind, view)
+        run(kind(group=8, token_weights="balanced"), view)
     assert caught.value.where.endswith("layers.1.self_attn.q_proj") and "32 channels" in caught.value.found
     assert not any("language_model.layers.1" in path for path in view.grids), "nothing of it was rounded"
 
