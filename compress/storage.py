@@ -184,10 +184,11 @@ def _from_pretrained(path: str, dtype: torch.dtype, trust_remote_code: bool) -> 
         raise
     except Exception as error:  # transformers raises many kinds: OSError, ValueError, KeyError, SafetensorError
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        change = "the folder needs config.json and every *.safetensors shard that its index names"
+        if "configuration class" in first:
+            change = "give a vision-language model that AutoModelForImageTextToText of transformers loads"
         raise ModelError(
-            f"cannot load the model '{path}'",
-            found=f"{type(error).__name__}: {first}",
-            change="the folder needs config.json and every *.safetensors shard that its index names",
+            f"cannot load the model '{path}'", found=f"{type(error).__name__}: {first}", change=change
         ) from error
     lost = sorted(info["missing_keys"]) + sorted(str(k) for k in info["mismatched_keys"])
     if lost:
