@@ -24,7 +24,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import svlm
-from svlm.compress.storage import DEMO, write_json
+from svlm.compress.disk import write_json
+from svlm.compress.storage import DEMO
 
 SETTINGS = {"W4 g64": (4, 64), "W3 g64": (3, 64), "W2 g32": (2, 32)}
 OURS: dict[str, tuple[str, dict[str, Any]]] = {

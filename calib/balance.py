@@ -126,7 +126,7 @@ class Balance:
         if self.known() is None:
             self._measured = measure(self.view, self.batches)
             if self._path:
-                from ..compress.storage import write_json
+                from ..compress.disk import write_json
 
                 write_json(self._path, {"batches": fingerprint(self.batches), **dataclasses.asdict(self._measured)})
         assert self._measured is not None

@@ -23,8 +23,9 @@ import transformers
 from ..compress import __version__
 from ..compress.anatomy import ModelView
 from ..compress.base import Json, Progress, Silent, evaluating
+from ..compress.disk import write_whole
 from ..compress.errors import WorkFailed
-from ..compress.storage import fingerprint, write_whole
+from ..compress.storage import fingerprint
 from .encode import Encoder
 from .metrics.answers import exact_match
 from .metrics.divergence import kl, kl_shortened, log_probabilities, perplexity, shorten

@@ -27,7 +27,7 @@ class Scratch:
     """The folder of one walk."""
 
     def __init__(self, folder: Path, view: ModelView, batches: Sequence[Mapping[str, Any]], units: list[Unit]) -> None:
-        from ..compress.storage import write_json
+        from ..compress.disk import write_json
 
         self.folder, self.view = folder, view
         self.numbers = {unit: i for i, unit in enumerate(units)}
@@ -44,7 +44,7 @@ class Scratch:
         """Write what the unit now is."""
         from safetensors.torch import save
 
-        from ..compress.storage import write_whole
+        from ..compress.disk import write_whole
 
         tensors = {f"tensor:{name}": t.detach().cpu().contiguous() for name, t in _tensors(unit.module).items()}
         grids: dict[str, dict[str, Json]] = {}

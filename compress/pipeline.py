@@ -18,20 +18,11 @@ import torch
 from . import __version__
 from .anatomy import ModelView
 from .base import Context, Json, Notes, Pass, Progress, Silent
+from .disk import whole_folder, write_json
 from .errors import GateFailed, PromiseBroken, SvlmError, UsageError, WorkFailed
 from .recipe import Recipe, Step
 from .stages import RunFolder, StageFolder, chain
-from .storage import (
-    Finder,
-    check_finite,
-    fingerprint,
-    load_model,
-    round_to_storage,
-    save,
-    weight_bytes,
-    whole_folder,
-    write_json,
-)
+from .storage import Finder, check_finite, fingerprint, load_model, round_to_storage, save, weight_bytes
 
 SAME_LOGITS = 1e-4  # relative: the weights are the same bits, the order of summation may change with the thread count
 

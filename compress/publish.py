@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from .base import Json
+from .disk import disk_errors, read_json, sync, write_json
 from .errors import WorkFailed
 from .stages import RunFolder
-from .storage import LEDGER_FILE, disk_errors, read_json, sync, weight_bytes, write_json
+from .storage import LEDGER_FILE, weight_bytes
 
 _CHILD = "import sys; from svlm.passes.api import answer_probe; answer_probe(*sys.argv[1:])"
 

@@ -28,8 +28,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from .base import Json, Pass
+from .disk import read_json, write_json, write_whole
 from .errors import OutputError
-from .storage import LEDGER_FILE, read_json, write_json, write_whole
+from .storage import LEDGER_FILE
 
 
 def chain(previous: str, *parts: Json) -> str:

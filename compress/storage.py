@@ -1,19 +1,14 @@
 """Models on disk: load an original, save a stage, load what was saved. safetensors and JSON only; nothing is unpickled.
 
 A saved folder is a Hugging Face model directory (weights, config, processor) plus `svlm.json`, the ledger: every pass,
-its settings, and which linears are packed on which grid. Folders appear whole or not at all (`whole_folder`).
+its settings, and which linears are packed on which grid. Folders appear whole or not at all (`disk.whole_folder`).
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +17,8 @@ import torch
 from . import __version__
 from .anatomy import ModelView, view_of
 from .base import Json, Pass
-from .errors import ModelError, OutputError, WorkFailed
+from .disk import read_json, whole_folder
+from .errors import ModelError
 from .export.compressed_tensors import PLAIN_FILE, packed_state, plain_grids, quantization_config, unpack_state
 from .families import Family
 from .ledger import SCHEMA, Ledger, Record
@@ -31,99 +27,6 @@ DEMO = Path(__file__).resolve().parent.parent / "calib" / "demo" / "model"
 LEDGER_FILE = "svlm.json"
 SAVED_KEYS = {"schema", "source", "storage_dtype", "ledger", "grids"}
 Finder = Callable[[str], type[Pass]]
-
-
-# ---------------------------------------------------------------------------------------------------- files, atomically
-
-
-@contextmanager
-def whole_folder(target: Path) -> Iterator[Path]:
-    """Write into a temporary sibling; fsync and rename it to `target` when the body ends well, remove it otherwise.
-
-    Raises:
-        WorkFailed: the disk is full; nothing of the new folder is left.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    os.chmod(temporary, 0o755)
-    try:
-        with disk_errors(target):
-            yield temporary
-            for path in sorted(temporary.rglob("*")):
-                sync(path)
-            sync(temporary)
-            if target.exists():
-                shutil.rmtree(target)
-            os.replace(temporary, target)
-            sync(target.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def write_whole(path: Path, data: str | bytes) -> None:
-    """Write a file so that it is there whole or not at all."""
-    raw = data.encode() if isinstance(data, str) else data
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(raw)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(name, 0o644)
-            os.replace(name, path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
-        sync(path.parent)
-
-
-def write_json(path: Path, value: Json) -> None:
-    write_whole(path, json.dumps(value, indent=1, allow_nan=True) + "\n")
-
-
-def sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-@contextmanager
-def disk_errors(target: Path) -> Iterator[None]:
-    """Turn 'no space left', quota and permission errors into a message that says what to change."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        number = error.errno if isinstance(error, OSError) else None
-        text = str(error)
-        if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text or "os error 28" in text:
-            free = shutil.disk_usage(_existing(target)).free
-            raise WorkFailed(
-                "the disk is full; what was finished before is kept",
-                where=str(target),
-                found=f"{free / 1e6:.1f} MB free",
-                change="free some space or choose another --output, then run again with --resume",
-            ) from error
-        if number in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise OutputError(
-                "cannot write here", where=str(target), found=text, change="choose a folder that you may write to"
-            ) from error
-        raise
-    except Exception as error:
-        if "No space left" in str(error) or "os error 28" in str(error):
-            raise WorkFailed(
-                "the disk is full; what was finished before is kept", where=str(target), found=str(error)
-            ) from error
-        raise
-
-
-def _existing(path: Path) -> Path:
-    while not path.exists():
-        path = path.parent
-    return path
 
 
 # ------------------------------------------------------------------------------------------------------------- loading
@@ -385,13 +288,6 @@ def weight_bytes(folder: Path) -> int:
 
 
 # --------------------------------------------------------------------------------------------------------- small tools
-
-
-def read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError("cannot read", where=str(path), found=str(error)) from error
 
 
 def fingerprint(view: ModelView) -> str:

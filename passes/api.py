@@ -12,7 +12,7 @@ import torch
 
 from ..calib.dataset import CalibrationSet
 from ..calib.workbench import Workbench
-from ..compress import __version__, storage
+from ..compress import __version__, disk, storage
 from ..compress.anatomy import ModelView
 from ..compress.base import Json, Progress, Silent
 from ..compress.errors import OutputError, SvlmError, UsageError, did_you_mean
@@ -161,7 +161,7 @@ def _run(
 def _finish(
     outcome: Outcome, original: ModelView, bench: Workbench, run: RunFolder, data: Any, o: Options
 ) -> dict[str, Json]:
-    storage.write_whole(run.work / "probe-batch.pt.safetensors", _tensor_bytes(bench.probe_batch))
+    disk.write_whole(run.work / "probe-batch.pt.safetensors", _tensor_bytes(bench.probe_batch))
     publish(outcome.model, run)
     report = outcome.report
     report["model"] = {
@@ -268,7 +268,7 @@ def answer_probe(out: str, probe: str, answer: str) -> None:
     same = logits.shape == expected.shape
     difference = float((logits - expected).abs().max()) if same else float("inf")
     same = same and difference <= 1e-4 * max(1.0, float(expected.abs().max()))
-    storage.write_json(Path(answer), {"same": same, "max_abs_diff": difference})
+    disk.write_json(Path(answer), {"same": same, "max_abs_diff": difference})
 
 
 def _tensor_bytes(batch: Mapping[str, torch.Tensor]) -> bytes:

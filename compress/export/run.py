@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .. import __version__, storage
+from .. import __version__, disk, storage
 from ..anatomy import ModelView
 from ..base import Json
 from ..errors import OutputError, UsageError
@@ -49,7 +49,7 @@ def export_model(
         raise OutputError("the folder for the export holds something", where=str(target), change="give a new folder")
     view = storage.load_model(spec, find=find, rows=rows, trust_remote_code=trust_remote_code)
     facts: dict[str, Json] = {"svlm": __version__, "format": name, "source": str(spec), "loader": row.loader}
-    with storage.whole_folder(target) as temporary:
+    with disk.whole_folder(target) as temporary:
         facts |= _write(view, Path(storage.resolve(spec)), row.module, name, temporary, dense)
         reduction = installed(view.model)
         if reduction is not None:

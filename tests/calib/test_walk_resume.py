@@ -11,7 +11,7 @@ import torch
 
 from svlm.calib.stats import Hessian
 from svlm.calib.walk import Walk
-from svlm.compress import storage
+from svlm.compress import disk
 from svlm.compress.anatomy import ModelView, view_of
 from svlm.compress.errors import WorkFailed
 from svlm.compress.runtime.grid import Grid
@@ -95,8 +95,8 @@ def test_a_half_written_unit_does_not_exist(tmp_path: Path, monkeypatch: pytest.
                 raise KeyboardInterrupt
             _replace(source, target)
 
-        _replace = storage.os.replace
-        m.setattr(storage.os, "replace", dies)
+        _replace = disk.os.replace
+        m.setattr(disk.os, "replace", dies)
         with pytest.raises(KeyboardInterrupt):
             list(body(view, Walk(view, batches("llava"), "language", scratch=tmp_path)))
     fresh = view_of(zoo.model("llava"))

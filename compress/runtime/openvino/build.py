@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ...anatomy import ModelView
+from ...disk import read_json, whole_folder
 from ...errors import UsageError
-from ...storage import fingerprint, read_json, whole_folder
+from ...storage import fingerprint
 from .constants import Counts
 from .convert import EMBEDDING, HEAD, LANGUAGE, Image, Rows, Seen, convert_decoder, convert_part, fix_shapes, observe
 from .model import Graph, LanguageState, OpenVINOModel, mask_kinds
