@@ -26,16 +26,17 @@ class Logits(Pass):
     AdamW with linear warm-up and a cosine, gradients clipped at 1. Dropout stays off, so a run with the same seed
     repeats itself bit for bit. A tenth of the fit split is held out; the weights that do best on it are kept, the
     untrained ones included, so that training never leaves the model worse there. A loss that is not finite, or three
-    times that of the first steps, ends the training early. Put this before quantizing: trained weights would leave
-    their grid.
+    times that of the first steps, ends the training early. Weights are trained before quantizing, or they would leave
+    their grid; scales after it.
 
     Settings:
         steps: optimizer steps.
-        lr: peak learning rate. About 1e-4 for ``full``; ``lora`` wants ten times as much.
+        lr: peak learning rate. About 1e-4 for ``full``; ``lora`` and ``scales`` want ten times as much.
         batch_size: samples a step. Batches whose tensors cannot be split by sample (the patches of all images in one
             tensor) are taken as the fit split gives them.
         train: ``full``: all weights of the selected blocks. ``lora``: a low-rank update of each selected linear, merged
-            at the end.
+            at the end. ``scales``: of the selected linears that are quantized, the scales, as shares of themselves; the
+            integers stay (EfficientQAT's second phase).
         lora_rank: rank of that update.
         temperature: both distributions are softened by it.
         warmup: share of the steps in which the learning rate rises.
@@ -49,12 +50,12 @@ class Logits(Pass):
 
     name: ClassVar[str] = "distill.logits"
     summary: ClassVar[str] = "heal: train towards the original's answer distributions"
-    paper: ClassVar[str] = "Minitron, arXiv 2407.14679; LoRA, arXiv 2106.09685"
+    paper: ClassVar[str] = "Minitron, arXiv 2407.14679; LoRA, arXiv 2106.09685; EfficientQAT, arXiv 2407.11062"
 
     steps: int = 200
     lr: float = 1e-4
     batch_size: int = 16
-    train: Literal["full", "lora"] = "full"
+    train: Literal["full", "lora", "scales"] = "full"
     lora_rank: int = 16
     temperature: float = 1.0
     warmup: float = 0.1
@@ -76,16 +77,23 @@ class Logits(Pass):
     def requires(self, model: ModelView, ctx: Context) -> None:
         linears = model.linears(self.where)
         gridded = [ref.path for ref in linears if ref.path in model.grids]
-        if gridded:
+        if self.train == "scales" and not gridded:
+            raise Unmet(
+                f"{self.name} finds no scales to train",
+                where=f"where: {self.where}",
+                found="no quantized linear",
+                change="put a quantizing pass before it, or train: full",
+            )
+        if self.train != "scales" and gridded:
             raise Unmet(
                 f"{self.name} would take quantized weights off their grid",
                 where=gridded[0],
                 found=f"{len(gridded)} quantized linears among those to train",
-                change="put the quantizing pass last, or choose 'where' so that it leaves them out",
+                change="train: scales, or put the quantizing pass last, or choose 'where' so that it leaves them out",
             )
-        if self.train == "lora" and model.tied_embeddings and any(ref.unit.part == "head" for ref in linears):
+        if self.train != "full" and model.tied_embeddings and any(ref.unit.part == "head" for ref in linears):
             raise Unmet(
-                "LoRA on a head that shares its weight with the embedding would change the embedding on merging",
+                f"train: {self.train} of a head that shares its weight with the embedding would change both",
                 change="leave the head out of 'where', or train: full",
             )
         if self.data == "recovery" and ctx.recovery is None:
@@ -102,6 +110,7 @@ class Logits(Pass):
         import torch
 
         from ._lora import adapted, merge
+        from ._scales import loosened, settle
         from ._train import Plan, Teacher, train
 
         generator = torch.Generator().manual_seed(ctx.seed + self.seed)
@@ -116,6 +125,14 @@ class Logits(Pass):
                     course = train(model, teacher, trained, batches, validation, plan, ctx.progress)
                     if course.best[0] > 0:
                         merge(adapters)
+            elif self.train == "scales":
+                paths = [ref.path for ref in linears if ref.path in model.grids]
+                modules = [model.linear(path).module for path in paths]
+                with loosened(modules, [model.grids[path] for path in paths]) as loose:
+                    trained = [one.move for one in loose]
+                    course = train(model, teacher, trained, batches, validation, plan, ctx.progress)
+                    if course.best[0] > 0:
+                        settle(loose)
             else:
                 trained = self._parameters(model, linears)
                 for parameter in trained:
