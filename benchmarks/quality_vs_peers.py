@@ -1,12 +1,16 @@
 """The demo model's decoder at few bits: svlm's passes against every other tool that runs here, on the same samples.
 
     python benchmarks/quality_vs_peers.py --python llmcompressor=VENV/bin/python --python hqq=VENV2/bin/python ... \\
-        --seeds 0 1 2 --json benchmarks/results/quality_vs_peers.json
+        --seeds 0 1 2 --work DIR --json benchmarks/results/quality_vs_peers.json
 
-Language model's linears only (what every peer can do); 128 calibration questions, the same for all; judged by svlm on
-512 check questions: KL of the answer tokens against the original, exact match. A peer runs in the interpreter that is
-given for it (`benchmarks/peers.py`) and hands over the weights it would use, so that storage and kernels play no part.
-A peer without an interpreter is left out. Results are kept as they come; --resume goes on.
+Language model's linears only (what every peer can do); 128 calibration questions, the same for all. A peer runs in the
+interpreter that is given for it (`benchmarks/peers.py`) and hands over the weights it would use, so that storage and
+kernels play no part; a peer without an interpreter is left out. Weights stay in --work, where the next run finds them.
+
+Judged by svlm: exact match of generated answers on check questions; KL(original || quantized) of the answer tokens on
+8,192 fresh questions of the demo's generator that no tool has seen. Few tokens carry most of a mean KL (those where
+the original itself hesitates), so that a mean over some hundred questions is mostly luck: every mean comes with its
+standard error, every ratio to the best peer with a 95 % interval (bootstrap over questions, paired).
 """
 
 from __future__ import annotations
@@ -16,24 +20,70 @@ import itertools
 import json
 import subprocess
 import sys
-import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
 import svlm
+from svlm.compress.base import evaluating
 from svlm.compress.disk import write_json
 from svlm.compress.storage import DEMO
+from svlm.passes.distill._train import answer_logits
 
 SETTINGS = {"W4 g64": (4, 64), "W3 g64": (3, 64), "W2 g32": (2, 32)}
-OURS: dict[str, tuple[str, dict[str, Any]]] = {
-    "svlm rtn, plain": ("quantize.rtn", {"search": "none"}),
-    "svlm rtn": ("quantize.rtn", {}),
-    "svlm gptq": ("quantize.gptq", {}),
+Steps = list[tuple[str, dict[str, Any]]]
+SCALES = ("distill.logits", {"train": "scales", "lr": 1e-3, "steps": 100, "data": "fit"})
+OURS: dict[str, Steps] = {
+    "svlm rtn, plain": [("quantize.rtn", {"search": "none"})],
+    "svlm rtn": [("quantize.rtn", {})],
+    "svlm gptq": [("quantize.gptq", {})],
+    "svlm gptq + scales": [("quantize.gptq", {}), SCALES],
 }
 PEERS = ("llmcompressor", "gptqmodel", "auto-round", "hqq", "bitsandbytes", "optimum-quanto", "torchao")
+FRESH = 1000  # seed of the questions for the KL
+
+
+class Fresh:
+    """Questions that nobody has seen, and what the original answers: log probabilities of every answer token."""
+
+    def __init__(self, count: int, file: Path) -> None:
+        self.view = svlm.load_view("demo")
+        data = svlm.CalibrationSet.load("demo", fit=16, check=16, seed=FRESH)
+        assert data.recovery is not None
+        bench = svlm.Workbench(self.view, data, latency=False)
+        samples = list(itertools.islice(data.recovery(), count))
+        self.batches = list(bench.encoder.batches(samples, 128))
+        if not file.is_file():
+            save_file({"log_p": self._log_p(self.view)}, file)
+        self.reference = load_file(file)["log_p"]
+        self.question = torch.cat([(batch["labels"] != -100).sum(1) for batch in self.batches])
+
+    def _log_p(self, view: Any) -> torch.Tensor:
+        with evaluating(view.model):
+            return torch.cat([answer_logits(view, batch).float().log_softmax(-1) for batch in self.batches])
+
+    def kl(self, view: Any) -> np.ndarray:
+        """[questions, 2]: the sum over a question's answer tokens, and their number."""
+        token = (self.reference.exp() * (self.reference - self._log_p(view))).sum(-1).clamp(min=0)
+        sums = torch.stack([part.sum() for part in token.split(self.question.tolist())])
+        return torch.stack([sums, self.question.float()], 1).double().numpy()
+
+
+def mean(rows: np.ndarray) -> float:
+    return float(rows[:, 0].sum() / rows[:, 1].sum())
+
+
+def ratio(a: np.ndarray, b: np.ndarray, draws: int = 2000) -> tuple[float, float, float]:
+    """Mean of `a` over mean of `b`, with its 95 % interval; questions are drawn in pairs."""
+    rng = np.random.default_rng(0)
+    picks = rng.integers(len(a), size=(draws, len(a)))
+    ratios = a[picks, 0].sum(1) / b[picks, 0].sum(1)
+    low, high = np.quantile(ratios, [0.025, 0.975])
+    return mean(a) / mean(b), float(low), float(high)
 
 
 def calibration(bench: svlm.Workbench, path: Path) -> None:
@@ -44,32 +94,29 @@ def calibration(bench: svlm.Workbench, path: Path) -> None:
     save_file(tensors, path)
 
 
-def judged(bench: svlm.Workbench, view: Any) -> dict[str, float]:
-    quality, _ = bench.measure(view)
-    return {"kl": quality["kl"], "exact_match": quality["exact_match"]["value"]}
-
-
-def ours(bench: svlm.Workbench, name: str, settings: dict[str, Any], bits: int, group: int) -> dict[str, float]:
+def ours(bench: svlm.Workbench, steps: Steps, bits: int, group: int, out: Path) -> str:
     view = svlm.load_view("demo")
-    step = svlm.find(name).from_settings({"bits": bits, "group": group, "where": ["language"]} | settings)
-    svlm.apply_pass(step, view, bench.context(view))
-    return judged(bench, view)
+    for name, settings in steps:
+        kind = {"bits": bits, "group": group} if name.startswith("quantize.") else {}
+        step = svlm.find(name).from_settings(kind | {"where": ["language"]} | settings)
+        svlm.apply_pass(step, view, bench.context(view))
+    save_file({path: view.linear(path).module.weight.detach().clone() for path in view.grids}, out)
+    return ""
 
 
-def theirs(
-    bench: svlm.Workbench, peer: str, python: str, batches: Path, bits: int, group: int
-) -> dict[str, float] | str:
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "weights.safetensors"
-        command = [python, str(Path(__file__).with_name("peers.py")), peer, "--model", str(DEMO)]
-        command += ["--batches", str(batches), "--bits", str(bits), "--group", str(group), "--out", str(out)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if not out.is_file():
-            return (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1][:200]
-        view = svlm.load_view("demo")
-        for path, weight in load_file(out).items():
-            view.linear(path).module.weight.data.copy_(weight)
-        return judged(bench, view)
+def theirs(peer: str, python: str, batches: Path, bits: int, group: int, out: Path) -> str:
+    """ "" or, where the peer fails, its last words."""
+    command = [python, str(Path(__file__).with_name("peers.py")), peer, "--model", str(DEMO)]
+    command += ["--batches", str(batches), "--bits", str(bits), "--group", str(group), "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return "" if out.is_file() else (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1][:200]
+
+
+def cells(o: argparse.Namespace, pythons: dict[str, str]) -> Iterator[tuple[str, str, int, str]]:
+    names = [*OURS, *(peer for peer in PEERS if peer in pythons)]
+    for seed, label, name in itertools.product(o.seeds, SETTINGS, names):
+        if not o.only or name in o.only:
+            yield label, name, seed, f"{label} | {name} | seed {seed}"
 
 
 def main() -> None:
@@ -77,45 +124,83 @@ def main() -> None:
     parser.add_argument("--python", action="append", default=[], metavar="PEER=PATH", help="interpreter of a peer")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--fit", type=int, default=128)
-    parser.add_argument("--check", type=int, default=512)
-    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--check", type=int, default=512, help="questions for the exact match")
+    parser.add_argument("--fresh", type=int, default=8192, help="questions for the KL")
+    parser.add_argument("--only", action="append", default=[], metavar="TOOL", help="these rows alone")
+    parser.add_argument("--weights-only", action="store_true", help="judge later")
+    parser.add_argument("--work", type=Path, required=True, help="where weights and judgements are kept")
     parser.add_argument("--json", type=Path, required=True)
     o = parser.parse_args()
+    o.work.mkdir(parents=True, exist_ok=True)
     pythons = dict(item.partition("=")[::2] for item in o.python)
-    rows: dict[str, Any] = json.loads(o.json.read_text()) if o.resume and o.json.is_file() else {}
-    for seed in o.seeds:
-        data = svlm.CalibrationSet.load("demo", fit=o.fit, check=o.check, seed=seed)
-        bench = svlm.Workbench(svlm.load_view("demo"), data, latency=False)
-        with tempfile.TemporaryDirectory() as folder:
-            batches = Path(folder) / "batches.safetensors"
+    rows: dict[str, Any] = json.loads(o.json.read_text()) if o.json.is_file() else {}
+    benches: dict[int, svlm.Workbench] = {}
+    fresh = None if o.weights_only else Fresh(o.fresh, o.work / f"reference-{o.fresh}.safetensors")
+    for label, name, seed, key in cells(o, pythons):
+        if seed not in benches:
+            data = svlm.CalibrationSet.load("demo", fit=o.fit, check=o.check, seed=seed)
+            benches[seed] = svlm.Workbench(svlm.load_view("demo"), data, latency=False)
+        bench, batches = benches[seed], o.work / f"batches-{o.fit}-{seed}.safetensors"
+        if not batches.is_file():
             calibration(bench, batches)
-            for label, name in itertools.product(SETTINGS, [*OURS, *(p for p in PEERS if p in pythons)]):
-                key = f"{label} | {name} | seed {seed}"
-                if key in rows:
-                    continue
-                torch.manual_seed(seed)
-                if name in OURS:
-                    rows[key] = ours(bench, *OURS[name], *SETTINGS[label])
-                else:
-                    rows[key] = theirs(bench, name, pythons[name], batches, *SETTINGS[label])
-                write_json(o.json, rows)
-                print(key, rows[key], file=sys.stderr, flush=True)
-    print(table(rows, o.seeds))
+        out = o.work / (key.replace(" | ", "--").replace(" ", "_") + ".safetensors")
+        if not out.is_file() and not isinstance(rows.get(key), str):
+            torch.manual_seed(seed)
+            kind = SETTINGS[label]
+            failed = (
+                ours(bench, OURS[name], *kind, out)
+                if name in OURS
+                else theirs(name, pythons[name], batches, *kind, out)
+            )
+            if failed:
+                rows[key] = failed
+            print(key, failed or "made", file=sys.stderr, flush=True)
+        if fresh is None or isinstance(rows.get(key), str) or (key in rows and out.with_suffix(".npy").is_file()):
+            continue
+        view = svlm.load_view("demo")
+        for path, weight in load_file(out).items():
+            view.linear(path).module.weight.data.copy_(weight)
+        quality, _ = bench.measure(view)
+        kl = fresh.kl(view)
+        np.save(out.with_suffix(".npy"), kl)
+        error = float((kl[:, 0] - mean(kl) * kl[:, 1]).std() * len(kl) ** 0.5 / kl[:, 1].sum())
+        rows[key] = {"kl": mean(kl), "kl_error": error, "exact_match": quality["exact_match"]["value"]}
+        write_json(o.json, rows)
+        print(key, rows[key], file=sys.stderr, flush=True)
+    if fresh is not None:
+        print(table(rows, o))
 
 
-def table(rows: dict[str, Any], seeds: list[int]) -> str:
-    """Markdown: KL of every seed, and the mean exact match."""
-    lines = ["| setting | tool | KL, seed by seed | exact match, mean |", "|---|---|---|---:|"]
-    for label, name in itertools.product(SETTINGS, [*OURS, *PEERS]):
-        found = [rows.get(f"{label} | {name} | seed {seed}") for seed in seeds]
-        failed = [f for f in found if isinstance(f, str)]
-        if failed:
-            lines.append(f"| {label} | {name} | does not run: {failed[0]} | |")
-        elif all(found):
-            kl = ", ".join(format(f["kl"], ".5f") for f in found)
-            match = sum(f["exact_match"] for f in found) / len(found)
-            lines.append(f"| {label} | {name} | {kl} | {100 * match:.1f} % |")
+def table(rows: dict[str, Any], o: argparse.Namespace) -> str:
+    """Markdown: KL of every seed, its ratio to the best peer of that seed, and the mean exact match."""
+    lines = ["| setting | tool | KL (1e-3), seed by seed | over the best peer's [95 %] | exact match, mean |"]
+    lines.append("|---|---|---|---|---:|")
+    for label in SETTINGS:
+        best = {seed: _best_peer(rows, label, seed) for seed in o.seeds}
+        for name in [*OURS, *PEERS]:
+            found = [rows.get(f"{label} | {name} | seed {seed}") for seed in o.seeds]
+            if failed := [f for f in found if isinstance(f, str)]:
+                lines.append(f"| {label} | {name} | does not run: {failed[0]} | | |")
+            elif all(found):
+                kl = ", ".join(f"{1e3 * f['kl']:.2f} ± {1e3 * f['kl_error']:.2f}" for f in found)
+                match = sum(f["exact_match"] for f in found) / len(found)
+                over = [
+                    "{:.2f} [{:.2f}, {:.2f}]".format(*ratio(_kl(o, label, name, s), _kl(o, label, best[s], s)))
+                    for s in o.seeds
+                    if name in OURS and best[s]
+                ]
+                lines.append(f"| {label} | {name} | {kl} | {', '.join(over)} | {100 * match:.1f} % |")
     return "\n".join(lines)
+
+
+def _best_peer(rows: dict[str, Any], label: str, seed: int) -> str:
+    found = {p: rows.get(f"{label} | {p} | seed {seed}") for p in PEERS}
+    known = {p: row["kl"] for p, row in found.items() if isinstance(row, dict)}
+    return min(known, key=lambda p: known[p]) if known else ""
+
+
+def _kl(o: argparse.Namespace, label: str, name: str, seed: int) -> np.ndarray:
+    return np.load(o.work / f"{label}--{name}--seed_{seed}.npy".replace(" ", "_"))
 
 
 if __name__ == "__main__":
