@@ -41,7 +41,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 def quality(fit: int, check: int, seed: int) -> None:
     data = svlm.CalibrationSet.load("demo", fit=fit, check=check, seed=seed)
     bench = svlm.Workbench(svlm.load_view("demo"), data, latency=False)
-    print(f"| case | KL | exact match, change | agreement |\n|---|---:|---:|---:|  fit {fit}, check {check}, seed {seed}")
+    print(
+        f"| case | KL | exact match, change | agreement |\n|---|---:|---:|---:|  fit {fit}, check {check}, seed {seed}"
+    )
     for title, (name, settings) in CASES.items():
         small = svlm.load_view("demo")
         ctx = bench.context(small)

@@ -1,8 +1,8 @@
 """Finished units of a walk on disk, so that a killed walk goes on where it was.
 
 One safetensors file a unit, there whole or not at all (temporary name, fsync, rename): all tensors of the unit, the
-grids of its linears, and as JSON in the header its notes and how its linears round their inputs. A `walk.json` says which units and which data the files
-belong to; files of another walk are removed.
+grids of its linears, and as JSON in the header its notes and how its linears round their inputs. A `walk.json` says
+which units and which data the files belong to; files of another walk are removed.
 """
 
 from __future__ import annotations

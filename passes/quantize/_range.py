@@ -27,12 +27,15 @@ class Spread:
 
 
 def tensor_activation(low: float, high: float, dtype: torch.dtype) -> Activation:
-    """256 levels over [low, high], widened to hold 0 exactly; the scale as `dtype` has it.
+    """256 levels over [low, high], widened to hold 0 exactly; the scale as `dtype` has it, rounded up.
 
     ``scale = (high - low) / 255``, ``zero = round(-128 - low / scale)``.
     """
     low, high = min(low, 0.0), max(high, 0.0)
-    step = torch.tensor((high - low) / (HIGH - LOW)).to(dtype).clamp(min=torch.finfo(dtype).tiny)
+    wanted = (high - low) / (HIGH - LOW)
+    step = torch.tensor(wanted).to(dtype).clamp(min=torch.finfo(dtype).tiny)
+    if float(step) < wanted:
+        step = torch.nextafter(step, torch.full_like(step, float("inf")))
     scale = float(step) if high > low else 1.0
     return Activation("tensor", scale, int(min(max(round(LOW - low / scale), LOW), HIGH)))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch.nn import functional as F
@@ -110,7 +110,7 @@ def _smooth(model: ModelView, walk: Walk, unit: WalkUnit, wish: Wish) -> list[di
 def _maxima(
     walk: Walk, unit: WalkUnit, leads: Sequence[LinearRef], mode: TokenWeights
 ) -> dict[LinearRef, torch.Tensor]:
-    """The profile of channel maxima of each lead's input: see `_smooth.joint_maxima`, and `token_weights` of the pass."""
+    """The profile of channel maxima of each lead's input, by the pass's `token_weights`: `_smooth.joint_maxima`."""
     if unit.unit.tokens == "image" or mode in ("uniform", "text"):
         plain: TokenWeights = "text" if mode == "text" else "uniform"
         return {ref: stat.value for ref, stat in unit.observe(AbsMax, leads, plain).items()}
@@ -159,9 +159,7 @@ def _loss(
     with patched({ref.module: reader(ref.module) for ref in pair.targets}):
         found = [
             output_loss(_first(out), reference, weights)
-            for out, reference, (_, weights) in zip(
-                unit.outputs(), wanted, unit.rows(wish.token_weights), strict=True
-            )
+            for out, reference, (_, weights) in zip(unit.outputs(), wanted, unit.rows(wish.token_weights), strict=True)
         ]
     loss = sum(loss for loss, _ in found) / max(sum(weight for _, weight in found), 1e-12)
     return loss if loss == loss else float("inf")
@@ -211,7 +209,10 @@ def _token(unit: WalkUnit, stage: Sequence[LinearRef], power: torch.Tensor, wish
     stat = unit.observe(lambda: RoundingError(Activation(), power), stage, wish.token_weights)[stage[0]]
     check_inputs(stage[0], stat.error)
     whole = float(stat.whole.sum())
-    return {"activation": dataclasses.asdict(Activation()), "relative": float(stat.error.sum()) / whole if whole else 0.0}
+    return {
+        "activation": dataclasses.asdict(Activation()),
+        "relative": float(stat.error.sum()) / whole if whole else 0.0,
+    }
 
 
 def _tensor(

@@ -97,7 +97,13 @@ def _key(view: ModelView, seen: Seen, ov: Any) -> str:
     """Changes with the weights, the grids, the size of the pictures, openvino, and svlm's own layout."""
     digest = hashlib.sha256(fingerprint(view).encode())
     grids = {path: (g.bits, g.group, g.symmetric) for path, g in sorted(view.grids.items())}
-    facts = (FORMAT, ov.__version__, grids, sorted(view.activations.items()), {path: call.shapes for path, call in seen.calls.items()})
+    facts = (
+        FORMAT,
+        ov.__version__,
+        grids,
+        sorted(view.activations.items()),
+        {path: call.shapes for path, call in seen.calls.items()},
+    )
     digest.update(repr(facts).encode())
     return digest.hexdigest()
 

@@ -266,7 +266,9 @@ def convert_part(view: ModelView, module: nn.Module, path: str, example: tuple[T
 
     try:
         with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", torch.jit.TracerWarning)  # shapes are fixed; ranges round by another formula
+            warnings.simplefilter(
+                "ignore", torch.jit.TracerWarning
+            )  # shapes are fixed; ranges round by another formula
             graph = ov.convert_model(module, example_input=example)
     except Exception as error:
         raise WorkFailed(
