@@ -225,9 +225,9 @@ def modality_weights(
 
     ``uniform``: 1 for every real token. ``text``: 1 for text, 0 for visual tokens; ``vision`` the reverse.
     ``balanced``: the visual and the text tokens of the batch carry half of the total weight each, and the mean weight
-    of a real token is 1 (a batch with only one of the two is uniform). ``gradient``: a visual token weighs `ratio` times as much as one of text (MBQ's
-    gradient ratio, `balance.Balance`; without one, ``balanced``), scaled so that the mean weight is 1 in data of which
-    `share` are visual tokens (default: in this batch).
+    of a real token is 1 (a batch with only one of the two is uniform). ``gradient``: a visual token weighs `ratio`
+    times as much as one of text (MBQ's gradient ratio, `balance.Balance`; without one, ``balanced``), scaled so that
+    the mean weight is 1 in data of which `share` are visual tokens (default: in this batch).
     """
     vision, text = masks.vision.float(), masks.text.float()
     if mode == "uniform":

@@ -29,8 +29,8 @@ A model that rounds inputs goes the other way, too: transformers leaves the roun
 loads. 8-bit linears load that way in every family, and their inputs are rounded; symmetric packed ones beside them
 load unless transformers initialises them through their weight (SigLIP, T5). Such a mixture, and one with zero points,
 is for `svlm.load` alone. A scale a token is one for the first two dimensions in compressed-tensors, which is a token
-where inputs are [batch, tokens, channels]; towers that work on [tokens, channels] (Qwen) or on [batch, height, width,
-channels] get coarser scales there than svlm has measured.
+where inputs are [batch, tokens, channels]; what works on [tokens, channels] (Qwen's towers, OPT) gets a coarser scale
+there than svlm has measured.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def quantization_config(view: ModelView, saved: Mapping[str, str]) -> dict[str, 
     for path, grid in view.grids.items():
         if path in plain:
             continue
-        rounding = activations[path].kind if path in activations else ""
+        rounding: str = activations[path].kind if path in activations else ""
         kinds.setdefault((grid.bits, grid.group, grid.symmetric, rounding), []).append(path)
     groups: dict[str, Json] = {}
     for number, ((bits, group, symmetric, rounding), paths) in enumerate(sorted(kinds.items())):

@@ -115,11 +115,11 @@ def _maxima(
         plain: TokenWeights = "text" if mode == "text" else "uniform"
         return {ref: stat.value for ref, stat in unit.observe(AbsMax, leads, plain).items()}
     vision, text = unit.observe(AbsMax, leads, "vision"), unit.observe(AbsMax, leads, "text")
-    ratios = {ref: walk.balance.ratio(ref) if mode == "gradient" else None for ref in leads}
-    return {
-        ref: joint_maxima(vision[ref].value, text[ref].value, 1.0 if ratios[ref] is None else float(ratios[ref]))
-        for ref in leads
-    }
+    found = {}
+    for ref in leads:
+        ratio = walk.balance.ratio(ref) if mode == "gradient" else None
+        found[ref] = joint_maxima(vision[ref].value, text[ref].value, 1.0 if ratio is None else ratio)
+    return found
 
 
 def _trial_rounding(model: ModelView, wish: Wish, seen: Extremes | None) -> Callable[[torch.Tensor], Activation]:

@@ -27,8 +27,8 @@ class Static(Pass):
         where: selector of the linears.
         range: ``mse`` shrinks either end of the range where that lowers the squared error of the output (each channel
             weighed by the weights that read it), ``max`` holds every calibration value.
-        alpha: smoothing before (see quantize.smooth): a share from 0 to 1, ``search``, or ``none``. It pays where single
-            channels stand far out; the demo model's tower, where none does, came out better without.
+        alpha: smoothing before (see quantize.smooth): a share from 0 to 1, ``search``, or ``none``. It pays where
+            single channels stand far out; the demo model's tower, where none does, came out better without.
         token_weights: as in quantize.smooth; it matters in the language model only.
     """
 
