@@ -1,8 +1,8 @@
 """Finished units of a walk on disk, so that a killed walk goes on where it was.
 
 One safetensors file a unit, there whole or not at all (temporary name, fsync, rename): all tensors of the unit, the
-grids of its linears, and its notes as JSON in the header. A `walk.json` says which units and which data the files
-belong to; files of another walk are removed.
+grids of its linears, and as JSON in the header its notes and how its linears round their inputs. A `walk.json` says
+which units and which data the files belong to; files of another walk are removed.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import nn
 from ..compress.anatomy import ModelView, Unit
 from ..compress.base import Json
 from ..compress.errors import WorkFailed
+from ..compress.runtime.activations import Activation, install, installed, remove
 
 
 class Scratch:
@@ -57,8 +58,10 @@ class Scratch:
             tensors |= {
                 f"grid:{ref.path}:{k}": v.cpu().contiguous() for k, v in values.items() if isinstance(v, torch.Tensor)
             }
+        found = {ref.path: installed(ref.module) for ref in unit.linears}
+        rounding = {path: dataclasses.asdict(activation) for path, activation in found.items() if activation}
         try:
-            head = json.dumps({"unit": unit.name, "notes": dict(notes), "grids": grids})
+            head = json.dumps({"unit": unit.name, "notes": dict(notes), "grids": grids, "activations": rounding})
         except TypeError as error:
             raise WorkFailed("a unit's notes are not JSON", where=unit.name, found=str(error)) from error
         write_whole(self._path(unit), save(tensors, metadata={"svlm": head}))
@@ -84,6 +87,10 @@ class Scratch:
         for path, values in head["grids"].items():
             parts = {k.rsplit(":", 1)[1]: t for k, t in saved.items() if k.startswith(f"grid:{path}:")}
             self.view.grids[path] = Grid(**values, **parts)
+        for ref in unit.linears:
+            remove(ref.module)
+            if ref.path in head["activations"]:
+                install(ref.module, Activation(**head["activations"][ref.path]))
         return head["notes"]
 
 

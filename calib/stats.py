@@ -14,7 +14,7 @@ import torch
 
 from ..compress.anatomy import LinearRef, ModelView, TokenMasks
 
-TokenWeights = Literal["gradient", "balanced", "uniform", "text"]
+TokenWeights = Literal["gradient", "balanced", "uniform", "text", "vision"]
 Kept = tuple[torch.Tensor, torch.Tensor]  # places [batch, tokens], valid: what a token pass left (`Reduction.last`)
 
 
@@ -126,6 +126,63 @@ class AbsMax:
             self.value = torch.maximum(self.value, x.abs().amax(0))
 
 
+class Extremes:
+    """The smallest and the largest ``x`` by channel over all tokens with a weight above 0.
+
+    Attributes:
+        low, high: [channels], float32; empty until a token counts.
+    """
+
+    def __init__(self) -> None:
+        self.low = self.high = torch.zeros(0)
+        self.tokens = 0
+
+    def update(self, x: torch.Tensor, weights: torch.Tensor) -> None:
+        x, _, _ = _kept(x, weights, torch.float32)
+        if not len(x):
+            return
+        low, high = x.amin(0), x.amax(0)
+        self.low = torch.minimum(self.low, low) if self.tokens else low
+        self.high = torch.maximum(self.high, high) if self.tokens else high
+        self.tokens += len(x)
+
+    @property
+    def largest(self) -> torch.Tensor:
+        """max ``|x|``, [channels]."""
+        return torch.maximum(-self.low, self.high)
+
+
+class Histogram:
+    """How the values of an input lie between `low` and `high`, by weight of token and channel.
+
+    Args:
+        channels: [channels], what a value counts by the channel that it is in (times its token's weight).
+
+    Attributes:
+        weight: [bins] float64. values: [bins], the plain number of values.
+    """
+
+    def __init__(self, low: float, high: float, channels: torch.Tensor, bins: int = 1 << 14) -> None:
+        self.low, self.high, self.channels = low, high, channels.double()
+        self.weight = torch.zeros(bins, dtype=torch.float64)
+        self.values = torch.zeros(bins, dtype=torch.int64)
+
+    def update(self, x: torch.Tensor, weights: torch.Tensor) -> None:
+        x, weights, _ = _kept(x, weights, torch.float64)
+        bins = len(self.weight)
+        step = (self.high - self.low) / bins
+        place = ((x - self.low) / step).long().clamp_(0, bins - 1).flatten()
+        counted = (weights[:, None] * self.channels).flatten()
+        self.weight += torch.bincount(place, counted, minlength=bins).to(self.weight.device)
+        self.values += torch.bincount(place, minlength=bins).to(self.values.device)
+
+    @property
+    def centres(self) -> torch.Tensor:
+        """The middle of each bin, [bins] float64."""
+        step = (self.high - self.low) / len(self.weight)
+        return self.low + step * (torch.arange(len(self.weight), dtype=torch.float64) + 0.5)
+
+
 def _kept(x: torch.Tensor, weights: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, float]:
     """The tokens that count, their weights, and the sum of these."""
     if x.ndim != 2 or weights.shape != x.shape[:1]:
@@ -166,19 +223,19 @@ def modality_weights(
 ) -> torch.Tensor:
     """Weights of a batch's tokens, float32 [batch, tokens]; padding is 0.
 
-    ``uniform``: 1 for every real token. ``text``: 1 for text, 0 for visual tokens. ``balanced``: the visual and the
-    text tokens of the batch carry half of the total weight each, and the mean weight of a real token is 1 (a batch with
-    only one of the two is uniform). ``gradient``: a visual token weighs `ratio` times as much as one of text (MBQ's
-    gradient ratio, `balance.Balance`; without one, ``balanced``), scaled so that the mean weight is 1 in data of which
-    `share` are visual tokens (default: in this batch).
+    ``uniform``: 1 for every real token. ``text``: 1 for text, 0 for visual tokens; ``vision`` the reverse.
+    ``balanced``: the visual and the text tokens of the batch carry half of the total weight each, and the mean weight
+    of a real token is 1 (a batch with only one of the two is uniform). ``gradient``: a visual token weighs `ratio`
+    times as much as one of text (MBQ's gradient ratio, `balance.Balance`; without one, ``balanced``), scaled so that
+    the mean weight is 1 in data of which `share` are visual tokens (default: in this batch).
     """
     vision, text = masks.vision.float(), masks.text.float()
     if mode == "uniform":
         return vision + text
-    if mode == "text":
-        return text
+    if mode in ("text", "vision"):
+        return text if mode == "text" else vision
     if mode not in ("balanced", "gradient"):
-        raise ValueError(f"token weights are gradient, balanced, uniform or text, not '{mode}'")
+        raise ValueError(f"token weights are gradient, balanced, uniform, text or vision, not '{mode}'")
     n_vision, n_text = float(vision.sum()), float(text.sum())
     if mode == "gradient" and ratio is not None:
         if share is None:

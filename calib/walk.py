@@ -31,6 +31,7 @@ from torch.utils._pytree import tree_leaves
 from ..compress.anatomy import LinearRef, ModelView, Unit
 from ..compress.base import Json, Progress, Silent, evaluating
 from ..compress.errors import WorkFailed
+from ..compress.runtime.activations import installed as rounding_of
 from ..compress.runtime.reduce import installed
 from ..compress.selectors import Where
 from .balance import Balance
@@ -177,7 +178,8 @@ class Walk:
         notes: unit name -> what the pass noted there, restored units included.
         balance: as given, or one that measures this model on `batches` when it is first asked.
 
-    The body may change the tensors of its own unit (shapes too) and `view.grids` of its linears; nothing else.
+    The body may change the tensors of its own unit (shapes too), `view.grids` of its linears and how these round their
+    inputs; nothing else.
     """
 
     def __init__(
@@ -225,11 +227,15 @@ class Walk:
         for unit in units[done:]:
             calls = self._capture(unit)
             current = WalkUnit(self, unit, self._selected[unit], calls)
+            rounding = rounding_of(unit.module)
             yield current
             self.notes[unit.name] = current.notes
             if self._scratch:
                 self._scratch.save(unit, current.notes)
             if unit is not units[-1]:
+                now = rounding_of(unit.module)  # of a unit that is a linear itself: what was caught has met its hook
+                if now is not None and now is not rounding:
+                    calls = [[((now.round(args[0]), *args[1:]), kwargs) for args, kwargs in batch] for batch in calls]
                 self._memos[unit.path] = [[self._run(unit, *call) for call in batch] for batch in calls]
                 self._forget()
             current._calls = calls = []

@@ -19,6 +19,8 @@ from torch import nn
 from .errors import ModelError, SelectorError
 from .families import PARTS, Family, known_rows
 from .ledger import Ledger
+from .runtime.activations import Activation
+from .runtime.activations import installed as rounding_of
 from .runtime.reduce import installed, kept_count
 from .selectors import Where, select_linears
 from .units import AttentionGeometry, LinearRef, MlpGeometry, Stack, Unit, find_anchors, find_units
@@ -74,6 +76,7 @@ class ModelView:
     Attributes:
         processor: the Hugging Face processor, or None (a folder with weights alone).
         ledger: the passes applied so far. grids: path of a linear -> the grid that its weight lies on.
+        activations: path of a linear -> how it rounds its input. It is a fact of the module (`runtime/activations.py`).
         source: where the model came from. storage_dtype: what its floating weights are saved in.
     """
 
@@ -125,6 +128,12 @@ class ModelView:
         if path not in self._linears:
             raise SelectorError(f"no linear layer at '{path}'", where=self.source, found=f"{len(self._linears)} others")
         return self._linears[path]
+
+    @property
+    def activations(self) -> dict[str, Activation]:
+        """How inputs are rounded: path of a linear -> its `Activation`, for those that round theirs."""
+        found = {path: rounding_of(ref.module) for path, ref in self._linears.items()}
+        return {path: activation for path, activation in found.items() if activation is not None}
 
     @property
     def image_token_id(self) -> int | None:

@@ -219,6 +219,8 @@ def save(view: ModelView, folder: str | Path) -> int:
             path: {"saved": saved_names[path], "bits": g.bits, "group": g.group, "symmetric": g.symmetric}
             for path, g in view.grids.items()
         }
+        for path in view.activations.keys() & grids.keys():
+            grids[path]["int"] = True
         if plain := plain_grids(view, saved_names):
             save_file(plain, temporary / PLAIN_FILE)
             for row in grids.values():

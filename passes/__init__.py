@@ -23,6 +23,8 @@ MENU = {
     "quantize.awq": "quantize.awq:AWQ",
     "quantize.round": "quantize.round:Round",
     "quantize.hqq": "quantize.hqq:HQQ",
+    "quantize.smooth": "quantize.smooth:Smooth",
+    "quantize.static": "quantize.static:Static",
 }
 
 

@@ -19,7 +19,7 @@ from ..compress.errors import OutputError, SvlmError, UsageError, did_you_mean
 from ..compress.export import run as _export
 from ..compress.families import Family
 from ..compress.gate import Gate
-from ..compress.pipeline import Outcome, Pipeline
+from ..compress.pipeline import Outcome, Pipeline, logits_tolerance
 from ..compress.preflight import preflight
 from ..compress.publish import prove_reload, publish
 from ..compress.recipe import Recipe
@@ -267,7 +267,7 @@ def answer_probe(out: str, probe: str, answer: str) -> None:
     expected = load_file(probe)["logits"]
     same = logits.shape == expected.shape
     difference = float((logits - expected).abs().max()) if same else float("inf")
-    same = same and difference <= 1e-4 * max(1.0, float(expected.abs().max()))
+    same = same and difference <= logits_tolerance(view) * max(1.0, float(expected.abs().max()))
     disk.write_json(Path(answer), {"same": same, "max_abs_diff": difference})
 
 

@@ -79,6 +79,8 @@ def choose(view: ModelView, name: str, reason: Reason, *, dense: bool, stub: boo
             left[path] = f"it is a {type(module).__name__}, and the loader packs nn.Linear only"
         elif view.linear(path).unit.part == "head":
             left[path] = "it is the head, which the loader keeps dense"
+        elif path in view.activations:
+            left[path] = "its input is rounded to 8 bits, which the format cannot say (its weight alone can be written)"
         elif float(grid.scale.abs().max()) > HALF_MAX:
             left[path] = f"it has a scale of {float(grid.scale.abs().max()):.3g}, beyond fp16"
         elif module.bias is not None and float(module.bias.detach().abs().max()) > HALF_MAX:

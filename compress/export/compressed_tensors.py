@@ -1,4 +1,4 @@
-"""The compressed-tensors `pack-quantized` layout: what stock transformers (with compressed-tensors) and vLLM load.
+"""The compressed-tensors layouts `pack-quantized` and `int-quantized`: what stock transformers loads.
 
 For a linear `X` of [out, in]::
 
@@ -6,6 +6,13 @@ For a linear `X` of [out, in]::
     X.weight_scale       [out, groups]                         in the dtype of the checkpoint
     X.weight_zero_point  int32 [ceil(out * bits / 32), groups] asymmetric only, packed along the outputs
     X.weight_shape       int64 [2]
+
+and where the linear rounds its input as well (`int-quantized`; `runtime/activations.py` has the arithmetic)::
+
+    X.weight             int8 [out, in]                        integers
+    X.weight_scale       [out, 1]                              in the dtype of the checkpoint
+    X.input_scale        [1]                                   calibrated ranges only, in the dtype of the checkpoint
+    X.input_zero_point   int8 [1]                              calibrated ranges only
 
 transformers saves some families under older key names (`language_model.model...`) than their modules have. A target is
 therefore a pattern of one linear that holds for both names.
@@ -17,6 +24,13 @@ would take the first for all); a model with several goes the other way, which lo
 SigLIP. Where that would fail and the kinds differ in nothing but the group (a width that the group does not divide),
 the kind with the most weights is packed and the few other linears are saved as they are, in 16 bits, their scales
 apart in `PLAIN_FILE`, which transformers does not read. `svlm.load` reads all of them.
+
+A model that rounds inputs goes the other way, too: transformers leaves the rounding out of what it unpacks while it
+loads. 8-bit linears load that way in every family, and their inputs are rounded; symmetric packed ones beside them
+load unless transformers initialises them through their weight (SigLIP, T5). Such a mixture, and one with zero points,
+is for `svlm.load` alone. A scale a token is one for the first two dimensions in compressed-tensors, which is a token
+where inputs are [batch, tokens, channels]; what works on [tokens, channels] (Qwen's towers, OPT) gets a coarser scale
+there than svlm has measured.
 """
 
 from __future__ import annotations
@@ -36,11 +50,14 @@ from ..errors import ModelError, WorkFailed
 from ..runtime.grid import Grid, dequantize, off_grid, pack, quantize, unpack
 
 METHOD = "compressed-tensors"
+PACKED, INT = "pack-quantized", "int-quantized"
 PLAIN_FILE = "svlm_plain_grids.safetensors"  # scales and zero points of linears on a grid that are not packed
 
 
 def plain_paths(view: ModelView) -> set[str]:
     """The linears on a grid that are saved unpacked, so that stock transformers loads the rest: see above."""
+    if view.activations:
+        return set()
     kinds = {(grid.bits, grid.group, grid.symmetric) for grid in view.grids.values()}
     if len(kinds) < 2 or len({(bits, symmetric) for bits, _, symmetric in kinds}) > 1:
         return set()
@@ -81,14 +98,15 @@ def plain_grids(view: ModelView, saved: Mapping[str, str]) -> dict[str, torch.Te
 
 def quantization_config(view: ModelView, saved: Mapping[str, str]) -> dict[str, Json]:
     """config.json's `quantization_config`. `saved`: module path -> the name that the checkpoint gives it."""
-    kinds: dict[tuple[int, int, bool], list[str]] = {}
-    plain = plain_paths(view)
+    kinds: dict[tuple[int, int, bool, str], list[str]] = {}
+    plain, activations = plain_paths(view), view.activations
     for path, grid in view.grids.items():
         if path in plain:
             continue
-        kinds.setdefault((grid.bits, grid.group, grid.symmetric), []).append(path)
+        rounding: str = activations[path].kind if path in activations else ""
+        kinds.setdefault((grid.bits, grid.group, grid.symmetric, rounding), []).append(path)
     groups: dict[str, Json] = {}
-    for number, ((bits, group, symmetric), paths) in enumerate(sorted(kinds.items())):
+    for number, ((bits, group, symmetric, rounding), paths) in enumerate(sorted(kinds.items())):
         names = [_pattern({path, saved[path]}) for path in sorted(paths)]
         weights = {
             "num_bits": bits,
@@ -98,16 +116,25 @@ def quantization_config(view: ModelView, saved: Mapping[str, str]) -> dict[str, 
             "group_size": None if group == -1 else group,
             "dynamic": False,
         }
-        groups[f"group_{number}"] = {"targets": names, "weights": weights, "format": "pack-quantized"}
+        groups[f"group_{number}"] = {"targets": names, "weights": weights, "format": INT if rounding else PACKED}
+        if rounding:
+            groups[f"group_{number}"]["input_activations"] = {
+                "num_bits": 8,
+                "type": "int",
+                "symmetric": rounding == "token",
+                "strategy": rounding,
+                "dynamic": rounding == "token",
+            }
+    formats = {group["format"] for group in groups.values()}
     rest = {name for name, module in view.model.named_modules() if isinstance(module, nn.Linear)}
     rest -= set(view.grids) - plain
     return {
         "quant_method": METHOD,
-        "format": "pack-quantized",
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": sorted(rest),
-        "dequantize": len(groups) == 1,
+        "dequantize": len(groups) == 1 and not activations,
     }
 
 
@@ -119,13 +146,13 @@ def _pattern(names: set[str]) -> str:
 
 
 def packed_state(view: ModelView, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """`state` with the weight of every gridded linear replaced by its packed integers, scales and shape.
+    """`state` with the weight of every gridded linear replaced by its integers, scales and (where packed) shape.
 
     Raises:
         WorkFailed: a weight that should lie on its grid does not; packing it would change the model.
     """
     packed = dict(state)
-    plain = plain_paths(view)
+    plain, activations = plain_paths(view), view.activations
     for path, grid in view.grids.items():
         weight = packed[f"{path}.weight"].float()
         share = off_grid(weight, grid)
@@ -135,9 +162,15 @@ def packed_state(view: ModelView, state: Mapping[str, torch.Tensor]) -> dict[str
             )
         if path in plain:
             continue
+        packed[f"{path}.weight_scale"] = grid.scale.contiguous()
+        if path in activations:
+            packed[f"{path}.weight"] = quantize(weight, grid)
+            if activations[path].kind == "tensor":
+                packed[f"{path}.input_scale"] = torch.tensor([activations[path].scale], dtype=grid.scale.dtype)
+                packed[f"{path}.input_zero_point"] = torch.tensor([activations[path].zero], dtype=torch.int8)
+            continue
         del packed[f"{path}.weight"]
         packed[f"{path}.weight_packed"] = pack(quantize(weight, grid), grid.bits)
-        packed[f"{path}.weight_scale"] = grid.scale.contiguous()
         packed[f"{path}.weight_shape"] = torch.tensor(weight.shape, dtype=torch.int64)
         if grid.zero is not None:
             packed[f"{path}.weight_zero_point"] = pack_to_int32(grid.zero.to(torch.int8), grid.bits, packed_dim=0)
@@ -150,7 +183,7 @@ def unpack_state(
     """The inverse: ordinary weights in the dtype of the scales, and the grids by saved name.
 
     Args:
-        rows: saved name -> bits, group, symmetric, and whether it is `plain`, not packed.
+        rows: saved name -> bits, group, symmetric, and whether it is `plain` or of 8-bit integers (`int`), not packed.
 
     Raises:
         ModelError: a packed tensor is missing.
@@ -161,6 +194,13 @@ def unpack_state(
             if row.get("plain"):
                 scale, zero = state.pop(f"{name}.weight_scale"), state.pop(f"{name}.weight_zero_point", None)
                 grids[name] = Grid(row["bits"], row["group"], row["symmetric"], scale, zero)
+                continue
+            if row.get("int"):
+                grid = Grid(row["bits"], row["group"], row["symmetric"], state.pop(f"{name}.weight_scale"))
+                state[f"{name}.weight"] = dequantize(state[f"{name}.weight"], grid).to(grid.scale.dtype)
+                for more in ("input_scale", "input_zero_point"):  # the ledger has them
+                    state.pop(f"{name}.{more}", None)
+                grids[name] = grid
                 continue
             words, scale = state.pop(f"{name}.weight_packed"), state.pop(f"{name}.weight_scale")
             out, columns = (int(n) for n in state.pop(f"{name}.weight_shape"))

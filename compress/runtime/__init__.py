@@ -1,1 +1,1 @@
-"""What runs below the passes: grids of quantized weights, reduced visual sequences."""
+"""What runs below the passes: grids of quantized weights, rounded inputs, reduced visual sequences."""

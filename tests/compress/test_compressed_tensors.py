@@ -55,7 +55,9 @@ def rounded(view: ModelView, kinds: dict[str, tuple[int, int, bool]]) -> None:
 @pytest.mark.parametrize(("bits", "group", "symmetric"), KINDS)
 def test_compressed_tensors_itself_decompresses_to_our_values(bits: int, group: int, symmetric: bool) -> None:
     value, grid = on_a_grid(bits, group, symmetric)
-    state = packed_state(SimpleNamespace(grids={"x": grid}), {"x.weight": value.to(BF16), "x.bias": torch.ones(33)})
+    state = packed_state(
+        SimpleNamespace(grids={"x": grid}, activations={}), {"x.weight": value.to(BF16), "x.bias": torch.ones(33)}
+    )
     assert state.keys() == {"x.bias", "x.weight_packed", "x.weight_scale", "x.weight_shape"} | (
         set() if symmetric else {"x.weight_zero_point"}
     )
@@ -75,7 +77,9 @@ def test_compressed_tensors_itself_decompresses_to_our_values(bits: int, group: 
 @pytest.mark.parametrize(("bits", "group", "symmetric"), KINDS)
 def test_unpacking_is_the_inverse(bits: int, group: int, symmetric: bool) -> None:
     value, grid = on_a_grid(bits, group, symmetric)
-    state = packed_state(SimpleNamespace(grids={"x": grid}), {"x.weight": value.to(BF16), "y": torch.ones(3)})
+    state = packed_state(
+        SimpleNamespace(grids={"x": grid}, activations={}), {"x.weight": value.to(BF16), "y": torch.ones(3)}
+    )
     ours, grids = unpack_state(state, {"x": {"bits": bits, "group": group, "symmetric": symmetric}})
     assert ours.keys() == {"x.weight", "y"} and torch.equal(ours["x.weight"].float(), value)
     back = grids["x"]
@@ -90,7 +94,7 @@ def test_a_weight_off_its_grid_is_not_packed() -> None:
     value, grid = on_a_grid(4, 16, True)
     value[2, 5] += 0.31 * float(grid.scale[2, 0])
     with pytest.raises(WorkFailed, match="off its grid") as caught:
-        packed_state(SimpleNamespace(grids={"x": grid}), {"x.weight": value})
+        packed_state(SimpleNamespace(grids={"x": grid}, activations={}), {"x.weight": value})
     assert caught.value.where == "x"
 
 

@@ -17,7 +17,11 @@ from svlm.calib.encode import Encoder
 from svlm.compress.anatomy import view_of
 from svlm.compress.base import Context
 from svlm.compress.errors import UsageError
-from svlm.compress.runtime.openvino.build import load_openvino
+from svlm.compress.runtime.activations import Activation, install, remove
+from svlm.compress.runtime.grid import dequantize, quantize
+from svlm.compress.runtime.openvino.build import _settings, integers_exact, load_openvino
+from svlm.compress.runtime.openvino.convert import Rows, convert_part
+from svlm.passes.quantize._rtn import absmax_grid
 from tests import zoo
 
 pytest.importorskip("openvino")
@@ -74,3 +78,59 @@ def test_families_answer_as_in_torch(family: str) -> None:
     assert float((model(**batch).logits - logits)[real].abs().max()) < 0.05 * float(logits.abs().max())
     answers = model.generate(**batch, max_new_tokens=12)
     assert answers.shape == wanted.shape and torch.equal(answers, wanted)
+
+
+@pytest.mark.parametrize("activation", [Activation("tensor", 0.0625, -11), Activation()])
+def test_rounded_inputs_are_rounded_in_the_graph(activation: Activation) -> None:
+    """Calibrated: one FakeQuantize before the integers; a scale a token: plain operators. The same values as torch."""
+    import openvino as ov
+
+    view = view_of(zoo.model("llava"))
+    ref = view.linears("language.blocks[0].mlp.down")[0]
+    grid = absmax_grid(ref.module.weight.detach(), 8, -1, True, torch.float32)
+    ref.module.weight.data.copy_(dequantize(quantize(ref.module.weight, grid), grid))
+    view.grids[ref.path] = grid
+    install(ref.module, activation)
+    x = torch.randn(1, 40, ref.module.in_features, generator=torch.Generator().manual_seed(0)) * 3
+    graph, counts = convert_part(view, Rows(ref.module), ref.path, (x,))
+    static = activation.kind == "tensor"
+    assert (counts.static, counts.token, counts.integers) == (int(static), int(not static), {"i8": 1})
+    core = ov.Core()
+    exact = integers_exact(core)
+    compiled = core.compile_model(graph, "CPU", _settings("", counts, 1, False, exact))
+    with torch.no_grad():
+        wanted = ref.module(x)
+        plain = torch.nn.functional.linear(x, ref.module.weight, ref.module.bias)
+    off = (torch.from_numpy(compiled(x.numpy())[0]) - wanted).abs()
+    if static:
+        assert float(off.quantile(0.9)) < 1e-5, "but for values between two levels"
+    else:  # a token's largest value lies between two levels where it is negative
+        step = x.abs().amax(-1, keepdim=True) / 127.5
+        assert bool((off <= 1.01 * step * ref.module.weight.detach().abs().max() + 1e-5).all())
+    assert float(off.max()) < float((plain - wanted).abs().max())
+    kinds = {op.get_rt_info()["layerType"].value for op in compiled.get_runtime_model().get_ordered_ops()}
+    assert "FullyConnected" in kinds
+
+
+def test_a_tower_with_calibrated_inputs_and_a_connector_that_is_one_linear() -> None:
+    family = "smolvlm"
+    batch: dict[str, Any] = zoo.batch(family)
+    view, again = view_of(zoo.model(family)), view_of(zoo.model(family))
+    for v in (view, again):
+        for ref in v.linears(("vision", "connector")):
+            grid = absmax_grid(ref.module.weight.detach(), 8, -1, True, torch.float32)
+            ref.module.weight.data.copy_(dequantize(quantize(ref.module.weight, grid), grid))
+            v.grids[ref.path] = grid
+            install(ref.module, Activation("tensor", 0.0625, 3))
+    batch.pop("labels")
+    with torch.no_grad():
+        logits, real = view.model(**batch).logits, batch["attention_mask"].bool()
+    model = load_openvino(again, batch, None, threads=1)
+    assert sum(row["static"] for row in model.notes["constants"].values()) > 8
+    assert isinstance(model.notes["integer_kernels"], bool)
+    found = model(**batch).logits
+    for path in view.activations:
+        remove(view.model.get_submodule(path))
+    with torch.no_grad():
+        plain = view.model(**batch).logits
+    assert float((found - logits)[real].abs().mean()) < 0.3 * float((plain - logits)[real].abs().mean())

@@ -16,11 +16,12 @@ from ...anatomy import ModelView
 from ...disk import read_json, whole_folder
 from ...errors import UsageError
 from ...storage import fingerprint
+from ..activations import remove
 from .constants import Counts
 from .convert import EMBEDDING, HEAD, LANGUAGE, Image, Rows, Seen, convert_decoder, convert_part, fix_shapes, observe
 from .model import Graph, LanguageState, OpenVINOModel, mask_kinds
 
-FORMAT = 1  # of what is kept on disk; another number is made anew
+FORMAT = 2  # of what is kept on disk; another number is made anew
 MANIFEST = "manifest.json"
 
 
@@ -78,7 +79,8 @@ def load_openvino(
                 (temporary / MANIFEST).write_text(json.dumps({"key": key, "parts": rows}, indent=1) + "\n")
             sources = {name: str(folder / f"{i}.xml") for i, name in enumerate(counts)}
     native = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    settings = {name: _settings(name, count, threads, native) for name, count in counts.items()}
+    exact = integers_exact(core) if any(count.static for count in counts.values()) else None
+    settings = {name: _settings(name, count, threads, native, exact) for name, count in counts.items()}
     graphs = {name: Graph(core.compile_model(source, "CPU", settings[name])) for name, source in sources.items()}
     _free(view, list(seen.calls))
     notes = {
@@ -86,6 +88,7 @@ def load_openvino(
         "bytes": sum(p.stat().st_size for p in folder.iterdir()) if folder is not None else None,
         "constants": {name: asdict(count) for name, count in counts.items()},
         "settings": settings,
+        "integer_kernels": exact,
     }
     return OpenVINOModel(view, graphs, LanguageState(graphs[LANGUAGE], view.decoder, kinds, lead), seen.calls, notes)
 
@@ -94,7 +97,13 @@ def _key(view: ModelView, seen: Seen, ov: Any) -> str:
     """Changes with the weights, the grids, the size of the pictures, openvino, and svlm's own layout."""
     digest = hashlib.sha256(fingerprint(view).encode())
     grids = {path: (g.bits, g.group, g.symmetric) for path, g in sorted(view.grids.items())}
-    facts = (FORMAT, ov.__version__, grids, {path: call.shapes for path, call in seen.calls.items()})
+    facts = (
+        FORMAT,
+        ov.__version__,
+        grids,
+        sorted(view.activations.items()),
+        {path: call.shapes for path, call in seen.calls.items()},
+    )
     digest.update(repr(facts).encode())
     return digest.hexdigest()
 
@@ -118,10 +127,32 @@ def _convert(
     return made
 
 
-def _settings(name: str, counts: Counts, threads: int, native: bool) -> dict[str, Any]:
-    """How a graph is compiled: bfloat16 where the processor has it; activations are never rounded to integers.
+def integers_exact(core: Any) -> bool:
+    """Whether this processor's 8-bit kernels add up products right, found out on a product of largest integers.
 
-    A language model of floats alone ends openvino 2026.4 with SIGFPE in bfloat16 on one thread: float32 there.
+    Without VNNI (before AVX512-VNNI and AVX-VNNI) openvino adds two products in 16 bits, which 255 * 127 twice exceeds:
+    the sum is cut, and a model's answers with it.
+    """
+    import numpy as np
+    import openvino as ov
+    from openvino import opset13 as op
+
+    width = 256
+    x = op.parameter([1, 16, width], ov.Type.f32)
+    ends = [op.constant(np.float32(v)) for v in (0, 255, 0, 255)]
+    weight = op.multiply(op.convert(op.constant(np.full((32, width), 127, np.int8)), np.float32), np.float32(1))
+    product = op.matmul(op.fake_quantize(x, *ends, 256), weight, False, True)
+    compiled = core.compile_model(ov.Model([product], [x]), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    found = compiled(np.full((1, 16, width), 255, np.float32))[0]
+    return bool(np.all(found == 255 * 127 * width))
+
+
+def _settings(name: str, counts: Counts, threads: int, native: bool, exact: bool | None) -> dict[str, Any]:
+    """How a graph is compiled: bfloat16 where the processor has it.
+
+    Activations are rounded where the model rounds them and nowhere else; with integer kernels where these are `exact`,
+    else in floats. A language model of floats alone ends openvino 2026.4 with SIGFPE in bfloat16 on one thread: float32
+    there.
     """
     unsafe = name in (LANGUAGE, HEAD) and not counts.integers and threads == 1
     precision = "bf16" if native and not unsafe else "f32"
@@ -131,6 +162,7 @@ def _settings(name: str, counts: Counts, threads: int, native: bool) -> dict[str
         "INFERENCE_NUM_THREADS": threads,
         "NUM_STREAMS": 1,
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
+        "LP_TRANSFORMS_MODE": exact is not False,
     }
 
 
@@ -139,6 +171,7 @@ def _free(view: ModelView, paths: list[str]) -> None:
     modules = [view.model.get_submodule(path) for path in paths]
     modules += [view.decoder, view.model.get_input_embeddings(), view.model.get_output_embeddings()]
     for module in modules:
+        remove(module)
         for parameter in module.parameters():
             parameter.requires_grad_(False)
             parameter.data = parameter.data.new_empty(0)

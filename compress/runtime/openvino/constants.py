@@ -96,6 +96,8 @@ class Counts:
     stored: int = 0  # in the stored dtype
     wide: int = 0  # float32: their values do not fit the stored dtype
     missed: list[str] = field(default_factory=list)  # on a grid, but not found in the graph
+    static: int = 0  # inputs of linears that are rounded to a calibrated range: FakeQuantize, for integer kernels
+    token: int = 0  # inputs that are rounded with a scale a token: in plain operators, the product in floats
 
 
 def compress_constants(model: Any, packed: Mapping[str, Packed], stored: torch.dtype) -> Counts:

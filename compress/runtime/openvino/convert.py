@@ -7,6 +7,7 @@ model's own code, so no family needs code of its own here.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ...anatomy import ModelView
 from ...errors import Unmet, WorkFailed
+from ..activations import installed
 from .constants import Counts, compress_constants, pack_constants
 
 MASKED = -1e9  # added to scores of tokens that must not be seen; finite, so that a row that sees nothing is no NaN
@@ -181,6 +183,14 @@ def _refused(view: ModelView, reason: str) -> Unmet:
 # -------------------------------------------------------------------------------------------------------- the wrappers
 
 
+def _forward(inner: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The forward of the module's class, without what hangs on the module, but with its input rounded where it is."""
+    rounding = installed(inner)
+    if rounding is not None:
+        args = (rounding.round(args[0]), *args[1:])
+    return type(inner).forward(inner, *args, **kwargs)
+
+
 class Image(nn.Module):
     """A tower or connector as a function of tensors alone; returns those outputs that the model reads."""
 
@@ -190,7 +200,7 @@ class Image(nn.Module):
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         args, kwargs = self.call.arguments(tensors)
-        out = tree_flatten(type(self.inner).forward(self.inner, *args, **kwargs))[0]
+        out = tree_flatten(_forward(self.inner, *args, **kwargs))[0]
         return tuple(out[i] for i in self.call.used)
 
 
@@ -202,7 +212,7 @@ class Rows(nn.Module):
         self.inner = inner
 
     def forward(self, rows: Tensor) -> Tensor:
-        return type(self.inner).forward(self.inner, rows)
+        return _forward(self.inner, rows)
 
 
 class Decoder(nn.Module):
@@ -255,7 +265,10 @@ def convert_part(view: ModelView, module: nn.Module, path: str, example: tuple[T
     import openvino as ov
 
     try:
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore", torch.jit.TracerWarning
+            )  # shapes are fixed; ranges round by another formula
             graph = ov.convert_model(module, example_input=example)
     except Exception as error:
         raise WorkFailed(
@@ -269,6 +282,9 @@ def convert_part(view: ModelView, module: nn.Module, path: str, example: tuple[T
     names = {p: f"inner.{rest}.weight".replace("..", ".") for p, rest in mine.items()}
     packed = {name: pack_constants(view.linear(p).module.weight.detach(), view.grids[p]) for p, name in names.items()}
     counts = compress_constants(graph, packed, view.storage_dtype)
+    counts.static = sum(node.get_type_name() == "FakeQuantize" for node in graph.get_ops())
+    kinds = {p: activation.kind for p, activation in view.activations.items() if p in names}
+    counts.token = sum(kind == "token" and names[p] not in counts.missed for p, kind in kinds.items())
     shapes = {tuple(n.get_output_shape(0)) for n in graph.get_ops() if n.get_type_name() == "Constant"}
     for p, name in names.items():
         if name in counts.missed and tuple(view.linear(p).module.weight.shape) in shapes and _held(graph, view, p):
