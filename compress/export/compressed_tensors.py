@@ -48,7 +48,7 @@ def plain_paths(view: ModelView) -> set[str]:
         return set()
     weights = dict.fromkeys(sorted(kinds), 0)
     for path, grid in view.grids.items():
-        weights[grid.bits, grid.group, grid.symmetric] += view.linear(path).module.weight.numel()
+        weights[grid.bits, grid.group, grid.symmetric] += view.weight(path).numel()
     most = max(weights, key=lambda kind: weights[kind])
     return {path for path, grid in view.grids.items() if (grid.bits, grid.group, grid.symmetric) != most}
 
@@ -135,7 +135,8 @@ def packed_state(view: ModelView, state: Mapping[str, torch.Tensor]) -> dict[str
             )
         if path in plain:
             continue
-        del packed[f"{path}.weight"]
+        whole = state[f"{path}.weight"]
+        packed = {name: tensor for name, tensor in packed.items() if tensor is not whole}  # a tied head goes with it
         packed[f"{path}.weight_packed"] = pack(quantize(weight, grid), grid.bits)
         packed[f"{path}.weight_scale"] = grid.scale.contiguous()
         packed[f"{path}.weight_shape"] = torch.tensor(weight.shape, dtype=torch.int64)

@@ -172,7 +172,7 @@ def check_grids(
                 where=path,
                 found="no grid" if grid is None else _spell(grid.bits, grid.group, grid.symmetric),
             )
-        share = off_grid(model.linear(path).module.weight, grid)
+        share = off_grid(model.weight(path), grid)
         if share > 0:
             raise PromiseBroken(
                 f"{step.name} promised weights on a {bits}-bit grid",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
@@ -94,6 +94,10 @@ class GPTQ(Pass):
             check_pairs(self, model)
 
     def apply(self, model: ModelView, ctx: Context) -> Notes:
+        return self.rounded(model, ctx, lambda ref: (self.bits, fitting_group(ref.module.in_features, self.group)))
+
+    def rounded(self, model: ModelView, ctx: Context, kind: Callable[[LinearRef], tuple[int, int]]) -> Notes:
+        """`apply` with bits and group of each linear from `kind`; the record has the groups."""
         from ...calib.stats import Hessian
         from ._drift import Drift, Twin
         from ._gptq import Factor, factor_of, gptq
@@ -120,11 +124,12 @@ class GPTQ(Pass):
                     if id(stat) not in factors:
                         factors[id(stat)] = factor_of(h, self.damp, self.act_order)
                     cross = stat.cross if isinstance(stat, Drift) else None
+                    bits, group = kind(ref)
                     solved = gptq(
                         ref.module.weight,
                         h,
-                        bits=self.bits,
-                        group=fitting_group(ref.module.in_features, self.group),
+                        bits=bits,
+                        group=group,
                         symmetric=self.symmetric,
                         dtype=model.storage_dtype,
                         act_order=self.act_order,
