@@ -44,9 +44,7 @@ def curvature(
     generator = torch.Generator().manual_seed(seed)
     weights = {path: view.weight(path) for path in changes}
     flat = {path: change.flatten(1) for path, change in changes.items()}
-    sums = {
-        path: torch.zeros(len(TEMPERATURES), len(change), dtype=torch.float64) for path, change in changes.items()
-    }
+    sums = {path: torch.zeros(len(TEMPERATURES), len(change), dtype=torch.float64) for path, change in changes.items()}
     tokens = 0
     with evaluating(view.model), frozen(view.model), torch.enable_grad():
         for weight in weights.values():
@@ -56,6 +54,8 @@ def curvature(
                 logits, labels = answer_logits(view, part)
                 logits = logits[labels != -100]
                 tokens += len(logits)
+                if not logits.requires_grad:  # none of these weights lies on the way to the answers
+                    continue
                 for row, temperature in enumerate(TEMPERATURES):
                     p = (logits.detach() / temperature).softmax(-1)
                     for _ in range(PROBES):

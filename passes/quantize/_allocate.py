@@ -1,4 +1,4 @@
-"""Which choice each tensor takes, so that the costs are least and the bytes within a budget. Pure: numbers in, numbers out.
+"""Which choice each tensor takes: least costs within a budget of bytes. Pure: numbers in, numbers out.
 
 The multiple-choice knapsack problem (Kellerer, Pferschy, Pisinger, Knapsack Problems, 2004, chapter 11) by dynamic
 programming over bytes. Bytes are counted in units that divide every difference between two choices of a tensor, which
@@ -9,7 +9,7 @@ rounding left over is spent afterwards, one tensor at a time.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -36,7 +36,7 @@ def allocate(costs: Sequence[Sequence[float]], sizes: Sequence[Sequence[int]], b
 
 
 def _table(costs: Sequence[Sequence[float]], units: Sequence[Sequence[int]], room: int) -> list[int]:
-    """The knapsack in whole units: the least cost for every number of units up to `room`, one tensor after the other."""
+    """The knapsack in whole units: the least cost for every number of them up to `room`, tensor after tensor."""
     room = min(room, sum(max(row) for row in units))
     best = torch.zeros(room + 1, dtype=torch.float64)
     taken: list[torch.Tensor] = []
@@ -78,3 +78,25 @@ def _spend(
         _, i, choice = max(gains)
         left -= sizes[i][choice] - sizes[i][picks[i]]
         picks[i] = choice
+
+
+def costs_of(effects: Mapping[str, torch.Tensor], errors: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
+    """What each choice of each tensor costs: its error times what such an error of this tensor does to the answers.
+
+    A measured effect depends on few tokens and on which way the rounding went by chance. The quotient of effect and
+    error hardly depends on the choice, so its geometric mean over the choices stands for all of them. Temperatures
+    count alike: the effects of each are taken as shares of what all tensors together do to it. Choices go from few bits
+    to many, and a later one never costs more.
+
+    Args:
+        effects: path -> [temperatures, choices], see calib/curvature.py. errors: path -> the error of each choice.
+    """
+    costs: dict[str, torch.Tensor] = {}
+    for path, effect in effects.items():
+        error = torch.tensor(errors[path], dtype=torch.float64)
+        known = (error > 0) & (effect > 0)  # a linear that no token reaches has neither
+        mean = torch.where(known, (effect / error).log(), 0.0).sum(1) / known.sum(1).clamp(min=1)
+        costs[path] = torch.where(known.any(1), mean.exp(), 0.0)[:, None] * error
+    whole = sum((cost.sum(1) for cost in costs.values()), torch.zeros(1, dtype=torch.float64))
+    shares = {path: (cost / whole.clamp(min=1e-300)[:, None]).sum(0) for path, cost in costs.items()}
+    return {path: share.flip(0).cummax(0).values.flip(0).tolist() for path, share in shares.items()}

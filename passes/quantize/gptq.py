@@ -119,7 +119,7 @@ class GPTQ(Pass):
                     stats = unit.observe(Hessian, stage, self.token_weights)
                 factors: dict[int, Factor] = {}  # linears with the same input share its Hessian and the factor of it
                 for ref, stat in stats.items():
-                    h = _square(stat.matrix, ref.module.in_features)
+                    h = square(stat.matrix, ref.module.in_features)
                     check_inputs(ref, h)
                     if id(stat) not in factors:
                         factors[id(stat)] = factor_of(h, self.damp, self.act_order)
@@ -130,7 +130,7 @@ class GPTQ(Pass):
                         h,
                         bits=bits,
                         group=group,
-                        symmetric=self.symmetric,
+                        symmetric=self.symmetric or bits == 8,
                         dtype=model.storage_dtype,
                         act_order=self.act_order,
                         blocksize=self.blocksize,
@@ -175,7 +175,7 @@ def _by_input(refs: Iterable[LinearRef]) -> list[list[LinearRef]]:
     return list(together.values())
 
 
-def _square(matrix: torch.Tensor, width: int) -> torch.Tensor:
+def square(matrix: torch.Tensor, width: int) -> torch.Tensor:
     """The Hessian, or zeros where no token ever reached the linear (an expert without visitors)."""
     return matrix if matrix.numel() else matrix.new_zeros(width, width)
 
