@@ -68,7 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--fit", type=int, default=256)
-    parser.add_argument("--check", type=int, default=2048)
+    parser.add_argument("--check", type=int, default=1024)
     parser.add_argument("--bits", type=float, default=3.5)
     parser.add_argument("--uniform", type=int, default=4)
     parser.add_argument("--group", type=int, default=64)

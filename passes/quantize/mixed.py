@@ -6,9 +6,9 @@ import functools
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from ...compress.base import Context, Json, Notes, Pass
 from ...compress.errors import PromiseBroken, Unmet
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ...compress.anatomy import LinearRef, ModelView, Table
     from ...compress.runtime.grid import Grid
 
+Batches = Sequence[Mapping[str, Any]]
 ROOM = 2 << 30  # bytes of changed weights that are held at a time while their effect is measured
 ENOUGH = 0.99  # of the budget: what is left of it below this is explained in the notes
 
@@ -31,11 +32,13 @@ ENOUGH = 0.99  # of the budget: what is left of it below this is explained in th
 class Mixed(Pass):
     """Give each linear the bits that its effect on the answers earns, under a budget of bytes, and round it by GPTQ.
 
-    First every selected linear is rounded for a try with each of `choices`, from its inputs in the model as it is. What
-    the try would do to the answers is the second-order term of the KL divergence at the answer tokens, from gradients
-    on the fit split, at three temperatures (calib/curvature.py). What a linear's choices have in common, its KL for an
-    error of its output, is averaged over them, so that chance decides less. A knapsack solver picks the choices with
-    the least sum within the budget, exactly or within 1/50000 of it; then quantize.gptq walks the model with them.
+    First every selected linear is rounded for a try with each of `choices` (GPTQ without `refine`), from its inputs in
+    the model as it is. What the try would do to the answers is the second-order term of the KL divergence at the answer
+    tokens, from gradients at three temperatures (calib/curvature.py). A weight rounded on some questions errs two or
+    three times as much on others, so that each half of the fit split judges what was rounded on the other half. What a
+    linear's choices have in common, its KL for an error of its output, is averaged over them, so that chance decides
+    less. A knapsack solver picks the choices with the least sum within the budget, exactly or within 1/50000 of it;
+    then quantize.gptq walks the model with them.
 
     Settings:
         bits: the budget, as the average bits of a weight: all selected weights together take at most the bytes that
@@ -100,44 +103,32 @@ class Mixed(Pass):
 
     # ------------------------------------------------------------------------------------------------------- the budget
 
-    def _grid(self, shape: torch.Size, bits: int, dtype: torch.dtype) -> Grid:
-        """A grid of the right size without values, for its bytes."""
+    def _bytes(self, model: ModelView, path: str, bits: int) -> int:
+        """What the weight takes on disk with `bits`."""
         import torch
 
-        from ...compress.runtime.grid import Grid
+        from ...compress.runtime.grid import Grid, packed_bytes
 
-        out, width = shape
+        out, width = model.weight(path).shape
         group = fitting_group(width, self.group)
-        scale = torch.empty(out, 1 if group == -1 else width // group, dtype=dtype, device="meta")
+        scale = torch.empty(out, 1 if group == -1 else width // group, dtype=model.storage_dtype, device="meta")
         symmetric = self.symmetric or bits == 8
-        return Grid(bits, group, symmetric, scale, None if symmetric else scale)
+        return packed_bytes((out, width), Grid(bits, group, symmetric, scale, None if symmetric else scale))
 
     def _sizes(self, model: ModelView) -> dict[str, list[int]]:
         """Path -> bytes on disk with each of `choices`."""
-        from ...compress.runtime.grid import packed_bytes
-
         where, table = chosen(model, self.where)
         paths = [table.path] if table else []
         paths += [ref.path for ref in selected(model, where)]
-        shapes = {path: model.weight(path).shape for path in paths}
-        return {
-            path: [packed_bytes(tuple(shape), self._grid(shape, bits, model.storage_dtype)) for bits in self.choices]
-            for path, shape in shapes.items()
-        }
+        return {path: [self._bytes(model, path, bits) for bits in self.choices] for path in paths}
 
     def _budget(self, model: ModelView, sizes: dict[str, list[int]]) -> int:
         """Bytes that all selected weights may take together."""
-        from ...compress.runtime.grid import packed_bytes
-
         if self.budget_mb is not None:
             return int(self.budget_mb * 1e6)
-        total = 0.0
         low, high = _around(self.bits)
-        for path in sizes:
-            shape = model.weight(path).shape
-            less, more = (packed_bytes(tuple(shape), self._grid(shape, b, model.storage_dtype)) for b in (low, high))
-            total += less if low == high else less + (more - less) * (self.bits - low) / (high - low)
-        return int(total)
+        less, more = (sum(self._bytes(model, path, bits) for path in sizes) for bits in (low, high))
+        return less if low == high else int(less + (more - less) * (self.bits - low) / (high - low))
 
     def requires(self, model: ModelView, ctx: Context) -> None:
         where, table = chosen(model, self.where)
@@ -228,20 +219,33 @@ class Mixed(Pass):
                 return found["costs"]
         effects: dict[str, torch.Tensor] = {}
         errors: dict[str, list[float]] = {}
-        changes: dict[str, torch.Tensor] = {}
-        for path, change, error in self._tries(model, ctx, where, table, weights):
-            changes[path], errors[path] = change, error
-            if sum(c.numel() * c.element_size() for c in changes.values()) > ROOM:
-                effects |= curvature(model, ctx.fit, changes, ctx.seed)
-                changes = {}
-        effects |= curvature(model, ctx.fit, changes, ctx.seed)
+
+        def measure(changes: dict[str, torch.Tensor], batches: Batches) -> None:
+            for path, effect in curvature(model, batches, changes, ctx.seed).items():
+                effects[path] = effects[path] + effect if path in effects else effect
+
+        for tried_on, judged_on in _halves(ctx.fit):
+            changes: dict[str, torch.Tensor] = {}
+            for path, change, error in self._tries(model, ctx, tried_on, where, table, weights):
+                changes[path] = change
+                errors[path] = [sum(both) for both in zip(errors.get(path, [0.0] * len(error)), error)]
+                if sum(c.numel() * c.element_size() for c in changes.values()) > ROOM:
+                    measure(changes, judged_on)
+                    changes = {}
+            measure(changes, judged_on)
         costs = costs_of(effects, errors)
         if kept:
             write_json(kept, {"batches": data, "costs": costs})
         return costs
 
     def _tries(
-        self, model: ModelView, ctx: Context, where: tuple[str, ...], table: Table | None, weights: torch.Tensor | None
+        self,
+        model: ModelView,
+        ctx: Context,
+        batches: Batches,
+        where: tuple[str, ...],
+        table: Table | None,
+        weights: torch.Tensor | None,
     ) -> Iterator[tuple[str, torch.Tensor, list[float]]]:
         """Of each tensor: its path, what each choice adds to it [choices, out, in], the error of its outputs for each.
 
@@ -261,7 +265,7 @@ class Mixed(Pass):
         if not where:
             return
         known = ctx.walk(where, name="gptq").balance
-        walk: Walk = Walk(model, ctx.fit, where, name="choices", progress=ctx.progress, balance=known)
+        walk: Walk = Walk(model, batches, where, name="choices", progress=ctx.progress, balance=known)
         for unit in walk:
             factors: dict[int, Factor] = {}
             for ref, stat in unit.observe(Hessian, token_weights=self.token_weights).items():
@@ -277,7 +281,6 @@ class Mixed(Pass):
                     dtype=model.storage_dtype,
                     act_order=self.act_order,
                     scale_search=self.scale_search,
-                    refine=min(self.refine, 1),
                     factor=factors[id(stat)],
                 )
                 solved = [solve(bits=bits, symmetric=self.symmetric or bits == 8) for bits in self.choices]
@@ -287,13 +290,11 @@ class Mixed(Pass):
     # ------------------------------------------------------------------------------------------------------ the promise
 
     def ensures(self, model: ModelView) -> None:
-        from ...compress.runtime.grid import packed_bytes
-
         record = model.ledger.record_of(self)
         used = 0
         for path, (bits, group, symmetric) in record["grids"].items():
             check_grids(self, model, [path], bits, group, symmetric)
-            used += packed_bytes(tuple(model.weight(path).shape), model.grids[path])
+            used += self._bytes(model, path, bits)
         if used > record["budget"]:
             raise PromiseBroken(f"{self.name} promised at most {record['budget']} bytes", found=f"{used} bytes")
 
@@ -302,6 +303,13 @@ class Mixed(Pass):
         if self.budget_mb is not None or self.bits >= self.choices[-1]:
             return None
         return replace(self, bits=min(self.bits + 0.5, float(self.choices[-1])))
+
+
+def _halves(batches: Batches) -> list[tuple[Batches, Batches]]:
+    """What to round on and what to judge on, and the other way round; a single batch has to do for both."""
+    if len(batches) < 2:
+        return [(batches, batches)]
+    return [(batches[::2], batches[1::2]), (batches[1::2], batches[::2])]
 
 
 def _around(bits: float) -> tuple[int, int]:
