@@ -106,9 +106,9 @@ def ours(bench: svlm.Workbench, steps: Steps, bits: int, group: int, out: Path) 
 
 def theirs(peer: str, python: str, batches: Path, bits: int, group: int, out: Path) -> str:
     """ "" or, where the peer fails, its last words."""
-    command = [python, str(Path(__file__).with_name("peers.py")), peer, "--model", str(DEMO)]
+    command = [python, str(Path(__file__).resolve().with_name("peers.py")), peer, "--model", str(DEMO)]
     command += ["--batches", str(batches), "--bits", str(bits), "--group", str(group), "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=out.parent)  # logs of its own
     return "" if out.is_file() else (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1][:200]
 
 
@@ -131,6 +131,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="where weights and judgements are kept")
     parser.add_argument("--json", type=Path, required=True)
     o = parser.parse_args()
+    o.work = o.work.resolve()
     o.work.mkdir(parents=True, exist_ok=True)
     pythons = dict(item.partition("=")[::2] for item in o.python)
     rows: dict[str, Any] = json.loads(o.json.read_text()) if o.json.is_file() else {}

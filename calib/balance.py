@@ -282,7 +282,7 @@ def _backward(
         return forward
 
     blocks = {ref.unit.module for ref in watched}
-    with evaluating(view.model), _frozen(view.model), torch.enable_grad():
+    with evaluating(view.model), frozen(view.model), torch.enable_grad():
         inside = {ref.module: watching(ref) for ref in watched}
         with patched(inside | {block: again(block) for block in blocks}):
             loss = _loss(view, batch)
@@ -300,7 +300,16 @@ def _backward(
 
 
 def _loss(view: ModelView, batch: Mapping[str, Any]) -> torch.Tensor:
-    """Sum of the cross-entropy of the answer tokens; no logits of earlier places where the model can do without."""
+    """Sum of the cross-entropy of the answer tokens."""
+    logits, labels = answer_logits(view, batch)
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
+
+
+def answer_logits(view: ModelView, batch: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [batch, places, vocabulary], float32 or finer, and the labels [batch, places] that they predict.
+
+    No logits of places before the first answer where the model can do without.
+    """
     model = view.model
     given = {k: v.to(model.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()} | {
         "use_cache": False
@@ -317,12 +326,11 @@ def _loss(view: ModelView, batch: Mapping[str, Any]) -> torch.Tensor:
         labels = labels[:, first:]
     else:
         logits = model(**given).logits
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)), labels
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module) -> Iterator[None]:
     """No parameter asks for a gradient inside."""
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:

@@ -8,7 +8,7 @@ model lies in exactly one unit, or the row says why it is ignored.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
@@ -35,10 +35,24 @@ __all__ = [
     "MlpGeometry",
     "ModelView",
     "Stack",
+    "Table",
     "TokenMasks",
     "Unit",
     "view_of",
 ]
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """The token embedding.
+
+    Attributes:
+        path: dotted name in the model. head: the linear that shares its weight, or None.
+    """
+
+    path: str
+    module: nn.Embedding = field(repr=False)
+    head: LinearRef | None
 
 
 @dataclass(frozen=True)
@@ -75,7 +89,8 @@ class ModelView:
 
     Attributes:
         processor: the Hugging Face processor, or None (a folder with weights alone).
-        ledger: the passes applied so far. grids: path of a linear -> the grid that its weight lies on.
+        ledger: the passes applied so far. grids: path of a linear, or of the token
+            embedding -> the grid that its weight lies on; a tied head has no entry of its own.
         activations: path of a linear -> how it rounds its input. It is a fact of the module (`runtime/activations.py`).
         source: where the model came from. storage_dtype: what its floating weights are saved in.
     """
@@ -150,6 +165,18 @@ class ModelView:
         """Whether the head shares its weight with an embedding: changing one changes the other."""
         embeddings = {id(m.weight) for m in self.model.modules() if isinstance(m, nn.Embedding)}
         return any(id(ref.module.weight) in embeddings for unit in self.parts.get("head", ()) for ref in unit.linears)
+
+    @property
+    def table(self) -> Table:
+        """The token embedding, under the first of its names where several modules share the weight."""
+        weight = self.model.get_input_embeddings().weight
+        path = next(name for name, p in self.model.named_parameters() if p is weight).removesuffix(".weight")
+        heads = [ref for unit in self.parts.get("head", ()) for ref in unit.linears if ref.module.weight is weight]
+        return Table(path, self.model.get_submodule(path), heads[0] if heads else None)
+
+    def weight(self, path: str) -> nn.Parameter:
+        """The weight of the linear or the embedding at a dotted path."""
+        return self.model.get_submodule(path).weight
 
     def smoothing_pairs(self, unit: Unit) -> tuple[tuple[str, tuple[str, ...]], ...]:
         """Between what a per-channel scale can be moved without changing the unit's function.

@@ -25,6 +25,7 @@ MENU = {
     "quantize.hqq": "quantize.hqq:HQQ",
     "quantize.smooth": "quantize.smooth:Smooth",
     "quantize.static": "quantize.static:Static",
+    "quantize.mixed": "quantize.mixed:Mixed",
 }
 
 

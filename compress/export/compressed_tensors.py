@@ -21,9 +21,13 @@ therefore a pattern of one linear that holds for both names.
 out exactly, zero points have the shape that they have on disk (the other way takes them for unpacked and fails), and
 towers that are initialised through `weight` (SigLIP) load too. transformers 5.23 reads ONE kind of grid this way (it
 would take the first for all); a model with several goes the other way, which loads neither zero points nor a packed
-SigLIP. Where that would fail and the kinds differ in nothing but the group (a width that the group does not divide),
-the kind with the most weights is packed and the few other linears are saved as they are, in 16 bits, their scales
-apart in `PLAIN_FILE`, which transformers does not read. `svlm.load` reads all of them.
+SigLIP, nor a packed embedding. Where that would fail and the kinds differ in nothing but the group (a width that the
+group does not divide), the kind with the most weights is packed and the few other linears are saved as they are, in 16
+bits, their scales apart in `PLAIN_FILE`, which transformers does not read. `svlm.load` reads all of them;
+`stock_obstacle` says what stock transformers does not read.
+
+A token embedding is packed like a linear. A head that shares its weight has no tensors of its own: it is tied again
+when the embedding is there.
 
 A model that rounds inputs goes the other way, too: transformers leaves the rounding out of what it unpacks while it
 loads. 8-bit linears load that way in every family, and their inputs are rounded; symmetric packed ones beside them
@@ -65,9 +69,24 @@ def plain_paths(view: ModelView) -> set[str]:
         return set()
     weights = dict.fromkeys(sorted(kinds), 0)
     for path, grid in view.grids.items():
-        weights[grid.bits, grid.group, grid.symmetric] += view.linear(path).module.weight.numel()
+        weights[grid.bits, grid.group, grid.symmetric] += view.weight(path).numel()
     most = max(weights, key=lambda kind: weights[kind])
     return {path for path, grid in view.grids.items() if (grid.bits, grid.group, grid.symmetric) != most}
+
+
+def stock_obstacle(view: ModelView) -> str:
+    """Why stock transformers cannot load what is saved of `view`, where svlm.load can; "" where it can, too."""
+    packed = {path: grid for path, grid in view.grids.items() if path not in plain_paths(view)}
+    if len({(grid.bits, grid.group, grid.symmetric) for grid in packed.values()}) < 2:
+        return ""
+    if not all(grid.symmetric for grid in packed.values()):
+        return "it reads no zero points where a model has several kinds of grids"
+    if _initialised_through_weight(view, packed):
+        return (
+            "where a model has several kinds of grids, it initialises modules through weights that are packed "
+            "(embeddings, SigLIP's and T5's attention)"
+        )
+    return ""
 
 
 def _initialised_through_weight(view: ModelView, paths: Iterable[str]) -> bool:
@@ -169,7 +188,8 @@ def packed_state(view: ModelView, state: Mapping[str, torch.Tensor]) -> dict[str
                 packed[f"{path}.input_scale"] = torch.tensor([activations[path].scale], dtype=grid.scale.dtype)
                 packed[f"{path}.input_zero_point"] = torch.tensor([activations[path].zero], dtype=torch.int8)
             continue
-        del packed[f"{path}.weight"]
+        whole = state[f"{path}.weight"]
+        packed = {name: tensor for name, tensor in packed.items() if tensor is not whole}  # a tied head goes with it
         packed[f"{path}.weight_packed"] = pack(quantize(weight, grid), grid.bits)
         packed[f"{path}.weight_shape"] = torch.tensor(weight.shape, dtype=torch.int64)
         if grid.zero is not None:

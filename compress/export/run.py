@@ -15,6 +15,7 @@ from ..errors import OutputError, UsageError
 from ..families import Family
 from ..runtime.reduce import installed
 from . import awq, bnb, gptq
+from .compressed_tensors import stock_obstacle
 from .table import find_format
 
 NOTE_FILE = "svlm-export.json"
@@ -86,4 +87,7 @@ def _copy(view: ModelView, source: Path, folder: Path) -> dict[str, Json]:
     for path in sorted(source.iterdir()):
         if path.is_file() and path.name not in ("report.json", "report.html", NOTE_FILE):
             shutil.copy(path, folder)
-    return {"packed": len(view.grids), "dense": {}, "notes": ["a copy: svlm saves in this format"]}
+    notes = ["a copy: svlm saves in this format"]
+    if obstacle := stock_obstacle(view):
+        notes.append(f"svlm.load reads it, stock transformers does not: {obstacle}")
+    return {"packed": len(view.grids), "dense": {}, "notes": notes}

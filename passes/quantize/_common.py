@@ -13,7 +13,7 @@ from ...compress.errors import PromiseBroken, Unmet, WorkFailed
 if TYPE_CHECKING:
     import torch
 
-    from ...compress.anatomy import LinearRef, ModelView
+    from ...compress.anatomy import LinearRef, ModelView, Table
     from ...compress.runtime.grid import Grid
 
 P = TypeVar("P", bound=Pass)
@@ -88,7 +88,7 @@ def check_linears(step: Pass, model: ModelView, refs: Iterable[LinearRef], group
             raise Unmet(
                 f"{step.name}: the head shares its weight with the embedding",
                 where=ref.path,
-                change="leave 'head' out of 'where'",
+                change="leave 'head' out of 'where'; quantize.rtn and quantize.mixed round the two as one",
             )
 
 
@@ -115,7 +115,7 @@ def check_pairs(step: Pass, model: ModelView) -> None:
         )
 
 
-def check_inputs(ref: LinearRef, statistic: torch.Tensor) -> None:
+def check_inputs(ref: LinearRef | Table, statistic: torch.Tensor) -> None:
     """Raise WorkFailed where a statistic of a linear's inputs is not finite: then an input was NaN or infinite."""
     if bool(statistic.isfinite().all()):
         return
@@ -143,7 +143,7 @@ def _divisors(width: int) -> str:
     return ", ".join(map(str, [*fits, -1]))
 
 
-def place(model: ModelView, ref: LinearRef, weight: torch.Tensor, grid: Grid) -> None:
+def place(model: ModelView, ref: LinearRef | Table, weight: torch.Tensor, grid: Grid) -> None:
     """Put the rounded weight into the model, and its grid into the books."""
     ref.module.weight.data.copy_(weight)
     model.grids[ref.path] = grid
@@ -172,7 +172,7 @@ def check_grids(
                 where=path,
                 found="no grid" if grid is None else _spell(grid.bits, grid.group, grid.symmetric),
             )
-        share = off_grid(model.linear(path).module.weight, grid)
+        share = off_grid(model.weight(path), grid)
         if share > 0:
             raise PromiseBroken(
                 f"{step.name} promised weights on a {bits}-bit grid",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
@@ -94,6 +94,10 @@ class GPTQ(Pass):
             check_pairs(self, model)
 
     def apply(self, model: ModelView, ctx: Context) -> Notes:
+        return self.rounded(model, ctx, lambda ref: (self.bits, fitting_group(ref.module.in_features, self.group)))
+
+    def rounded(self, model: ModelView, ctx: Context, kind: Callable[[LinearRef], tuple[int, int]]) -> Notes:
+        """`apply` with bits and group of each linear from `kind`; the record has the groups."""
         from ...calib.stats import Hessian
         from ._drift import Drift, Twin
         from ._gptq import Factor, factor_of, gptq
@@ -115,17 +119,18 @@ class GPTQ(Pass):
                     stats = unit.observe(Hessian, stage, self.token_weights)
                 factors: dict[int, Factor] = {}  # linears with the same input share its Hessian and the factor of it
                 for ref, stat in stats.items():
-                    h = _square(stat.matrix, ref.module.in_features)
+                    h = square(stat.matrix, ref.module.in_features)
                     check_inputs(ref, h)
                     if id(stat) not in factors:
                         factors[id(stat)] = factor_of(h, self.damp, self.act_order)
                     cross = stat.cross if isinstance(stat, Drift) else None
+                    bits, group = kind(ref)
                     solved = gptq(
                         ref.module.weight,
                         h,
-                        bits=self.bits,
-                        group=fitting_group(ref.module.in_features, self.group),
-                        symmetric=self.symmetric,
+                        bits=bits,
+                        group=group,
+                        symmetric=self.symmetric or bits == 8,
                         dtype=model.storage_dtype,
                         act_order=self.act_order,
                         blocksize=self.blocksize,
@@ -170,7 +175,7 @@ def _by_input(refs: Iterable[LinearRef]) -> list[list[LinearRef]]:
     return list(together.values())
 
 
-def _square(matrix: torch.Tensor, width: int) -> torch.Tensor:
+def square(matrix: torch.Tensor, width: int) -> torch.Tensor:
     """The Hessian, or zeros where no token ever reached the linear (an expert without visitors)."""
     return matrix if matrix.numel() else matrix.new_zeros(width, width)
 

@@ -18,11 +18,12 @@ from ._common import (
     place,
     visual_share,
 )
+from ._table import check_table, chosen, importance, selected, stock_note
 
 if TYPE_CHECKING:
     import torch
 
-    from ...compress.anatomy import LinearRef, ModelView
+    from ...compress.anatomy import LinearRef, ModelView, Table
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,12 @@ class RTN(Pass):
         group: input channels that share a scale; -1 is one scale a row. A linear whose width it does not divide takes
             the largest of group/2, group/4, ... from 16 on that does, else one scale a row; the notes count them.
         symmetric: no zero points.
-        where: selector of the linears.
+        where: selector of the linears; ``embeddings`` is the token embedding, one tensor with a head that shares its
+            weight, which ``head`` selects as well.
         search: ``importance`` searches each scale, of either sign, for the least rounding error weighted by E[x^2] of
             the inputs (AutoRound's opt-RTN): blocks are walked in forward order, and each sees what the rounded ones
             before it produce. Where there are no samples, all inputs count alike, and the notes count these linears.
+            The embedding has no such inputs; those of a head that shares its weight count.
             ``none`` takes ``scale = max|w| / (2^(bits-1) - 1)`` and needs no data: the plain control.
         token_weights: how visual and text tokens count in E[x^2]: ``gradient`` weighs a visual token by MBQ's ratio of
             gradients, r of its block's attention or MLP, where text weighs 1; ``balanced`` (half each), ``uniform`` or
@@ -59,50 +62,63 @@ class RTN(Pass):
         check_settings(self.bits, self.group, self.symmetric)
 
     def requires(self, model: ModelView, ctx: Context) -> None:
-        check_linears(self, model, model.linears(self.where))
+        where, table = chosen(model, self.where)
+        check_linears(self, model, selected(model, where))
+        if table:
+            check_table(self, model, table)
         if self.search == "importance" and ctx.fit:
             check_data(self, ctx)
 
     def apply(self, model: ModelView, ctx: Context) -> Notes:
         rows: dict[str, Json] = {}
-        if self.search == "none" or not ctx.fit:
-            for ref in model.linears(self.where):
-                rows[ref.path] = self._round(model, ref, None)
-        else:
+        where, table = chosen(model, self.where)
+        searching, walk = self.search == "importance", None
+        if table:
+            weights = importance(ctx, table, self.token_weights) if searching else None
+            rows[table.path] = self._round(model, table, weights)
+        if where and searching and ctx.fit:
             from ...calib.stats import MeanSquare
 
-            walk = ctx.walk(self.where, name="importance")
+            walk = ctx.walk(where, name="importance")
             for unit in walk:
                 stats = unit.observe(MeanSquare, token_weights=self.token_weights)
                 unit.notes["linears"] = {ref.path: self._round(model, ref, stat.mean) for ref, stat in stats.items()}
             for notes in walk.notes.values():
                 rows |= notes["linears"]
+        else:
+            for ref in selected(model, where):
+                rows[ref.path] = self._round(model, ref, None)
         squared, whole = (sum(row[kind] for row in rows.values()) for kind in ("squared_error", "squared_weight"))
         groups = {path: row["group"] for path, row in rows.items()}
-        numbers: dict[str, Json] = {"linears": len(rows), "relative_weight_error": squared / whole if whole else 0.0}
+        numbers: dict[str, Json] = {"linears": len(rows) - bool(table), "embeddings": int(bool(table))}
+        numbers |= {"relative_weight_error": squared / whole if whole else 0.0}
         numbers |= group_notes(groups, self.group)
-        if self.search == "importance":
+        if searching:
             numbers["searched_without_importance"] = sum(row["blind"] for row in rows.values())
-            if ctx.fit:
+            if walk:
                 numbers["visual_token_share"] = visual_share(model, ctx.fit)
                 numbers["visual_token_weight"] = walk.weights_used(self.token_weights)
+        numbers["stock_transformers"] = stock_note(model)
         return Notes(numbers, {"linears": groups})
 
-    def _round(self, model: ModelView, ref: LinearRef, importance: torch.Tensor | None) -> dict[str, Json]:
-        """Round one linear. `importance` [in]: all inputs count alike where it is empty or 0 (no token came by)."""
+    def _round(self, model: ModelView, ref: LinearRef | Table, weights: torch.Tensor | None) -> dict[str, Json]:
+        """Round one weight by the importance of its inputs, `weights` [in].
+
+        All inputs count alike where there is none, or where it is empty or 0 (no token came by).
+        """
         from ...compress.runtime.grid import dequantize, quantize
         from ._rtn import absmax_grid, searched_grid
 
         weight = ref.module.weight.detach().float()
-        group = fitting_group(ref.module.in_features, self.group)
+        group = fitting_group(weight.shape[1], self.group)
         kind = (self.bits, group, self.symmetric, model.storage_dtype)
-        blind = importance is None or not bool(importance.any())
+        blind = weights is None or not bool(weights.any())
         if self.search == "none":
             grid = absmax_grid(weight, *kind)
         else:
-            if importance is not None:
-                check_inputs(ref, importance)
-            grid = searched_grid(weight, None if blind else importance, *kind)
+            if weights is not None:
+                check_inputs(ref, weights)
+            grid = searched_grid(weight, None if blind else weights, *kind)
         rounded = dequantize(quantize(weight, grid), grid)
         row: dict[str, Json] = {
             "squared_error": float((weight - rounded).square().sum()),

@@ -30,6 +30,7 @@ SMALL = {  # settings that suit models with widths of 16 to 64
     "quantize.hqq": {"bits": 4, "group": -1, "where": ["language"]},
     "quantize.smooth": {"alpha": 0.5, "where": ["language"]},
     "quantize.static": {"alpha": "none", "where": ["vision"]},
+    "quantize.mixed": {"bits": 3.5, "group": -1, "where": ["language", "embeddings"], "refine": 0},
 }
 
 

@@ -280,20 +280,20 @@ def convert_part(view: ModelView, module: nn.Module, path: str, example: tuple[T
     prefix = f"{path}." if path else ""
     mine = {p: p.removeprefix(prefix) if p != path else "" for p in view.grids if p == path or p.startswith(prefix)}
     names = {p: f"inner.{rest}.weight".replace("..", ".") for p, rest in mine.items()}
-    packed = {name: pack_constants(view.linear(p).module.weight.detach(), view.grids[p]) for p, name in names.items()}
+    packed = {name: pack_constants(view.weight(p).detach(), view.grids[p]) for p, name in names.items()}
     counts = compress_constants(graph, packed, view.storage_dtype)
     counts.static = sum(node.get_type_name() == "FakeQuantize" for node in graph.get_ops())
     kinds = {p: activation.kind for p, activation in view.activations.items() if p in names}
     counts.token = sum(kind == "token" and names[p] not in counts.missed for p, kind in kinds.items())
     shapes = {tuple(n.get_output_shape(0)) for n in graph.get_ops() if n.get_type_name() == "Constant"}
     for p, name in names.items():
-        if name in counts.missed and tuple(view.linear(p).module.weight.shape) in shapes and _held(graph, view, p):
+        if name in counts.missed and tuple(view.weight(p).shape) in shapes and _held(graph, view, p):
             raise WorkFailed("a weight on a grid became floats in the graph", where=p, found=name)
     return graph, counts
 
 
 def _held(graph: Any, view: ModelView, path: str) -> bool:
-    weight = view.linear(path).module.weight.detach().float()
+    weight = view.weight(path).detach().float()
     for node in graph.get_ops():
         if node.get_type_name() == "Constant" and tuple(node.get_output_shape(0)) == tuple(weight.shape):
             raw = node.get_element_type().get_type_name()
