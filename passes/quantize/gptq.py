@@ -94,9 +94,11 @@ class GPTQ(Pass):
             check_pairs(self, model)
 
     def apply(self, model: ModelView, ctx: Context) -> Notes:
+        import torch
+
         from ...calib.stats import Hessian
         from ._drift import Drift, Twin
-        from ._gptq import Factor, factor_of, gptq
+        from ._gptq import gptq
 
         twin = Twin(model, ctx, self.where) if self.asymmetric else None
         walk = ctx.walk(self.where, name="gptq")
@@ -113,38 +115,37 @@ class GPTQ(Pass):
                         stats |= unit.observe(pair, same, self.token_weights)
                 else:
                     stats = unit.observe(Hessian, stage, self.token_weights)
-                factors: dict[int, Factor] = {}  # linears with the same input share its Hessian and the factor of it
-                for ref, stat in stats.items():
-                    h = _square(stat.matrix, ref.module.in_features)
-                    check_inputs(ref, h)
-                    if id(stat) not in factors:
-                        factors[id(stat)] = factor_of(h, self.damp, self.act_order)
+                for same in _by_input(stage):  # they share the Hessian, its factor, and one run over the columns
+                    stat = stats[same[0]]
+                    h = _square(stat.matrix, same[0].module.in_features)
+                    check_inputs(same[0], h)
                     cross = stat.cross if isinstance(stat, Drift) else None
-                    solved = gptq(
-                        ref.module.weight,
+                    whole = gptq(
+                        torch.cat([ref.module.weight for ref in same]),
                         h,
                         bits=self.bits,
-                        group=fitting_group(ref.module.in_features, self.group),
+                        group=fitting_group(same[0].module.in_features, self.group),
                         symmetric=self.symmetric,
                         dtype=model.storage_dtype,
+                        damp=self.damp,
                         act_order=self.act_order,
                         blocksize=self.blocksize,
                         scale_search=self.scale_search,
                         refine=self.refine,
-                        factor=factors[id(stat)],
                         drift=None if cross is None or not cross.numel() else self.asymmetric * cross,
                     )
-                    place(model, ref, solved.weight, solved.grid)
-                    linears[ref.path] = {
-                        "error": solved.error,
-                        "relative": solved.relative,
-                        "retries": solved.retries,
-                        "dead": solved.dead,
-                        "fallback": solved.fallback,
-                        "tokens": stat.tokens,
-                        "group": solved.grid.group,
-                        "unpaired": twin is not None and cross is None,
-                    }
+                    for ref, solved in zip(same, whole.split([len(ref.module.weight) for ref in same]), strict=True):
+                        place(model, ref, solved.weight, solved.grid)
+                        linears[ref.path] = {
+                            "error": solved.error,
+                            "relative": solved.relative,
+                            "retries": solved.retries,
+                            "dead": solved.dead,
+                            "fallback": solved.fallback,
+                            "tokens": stat.tokens,
+                            "group": solved.grid.group,
+                            "unpaired": twin is not None and cross is None,
+                        }
             unit.notes["linears"] = linears
         rows = {path: row for notes in walk.notes.values() for path, row in notes["linears"].items()}
         groups = {path: row["group"] for path, row in rows.items()}

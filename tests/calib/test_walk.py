@@ -343,3 +343,18 @@ def test_a_unit_that_is_called_twice_in_a_forward() -> None:
         assert len(list(unit.inputs())) == (4 if unit.part in ("vision", "connector") else 2)
         assert same(replayed(walk), wanted), unit.name
     assert same(replayed(walk), wanted)
+
+
+def test_every_second_of_a_walk_belongs_to_one_kind_of_work(tmp_path: Path) -> None:
+    import time
+
+    view, seconds = view_of(zoo.model("llava")), {}
+    began = time.perf_counter()
+    walk = Walk(view, [zoo.batch("llava", samples=2)], "language", scratch=tmp_path, seconds=seconds)
+    for unit in walk:
+        unit.observe(Hessian, token_weights="gradient")
+        time.sleep(0.05)
+    spent = time.perf_counter() - began
+    assert set(seconds) == {"forward", "statistics", "balance", "solve", "write"}
+    assert min(seconds.values()) > 0 and seconds["solve"] >= 0.15 and sum(seconds.values()) <= spent
+    assert sum(seconds.values()) > 0.5 * spent
