@@ -26,7 +26,11 @@ from pathlib import Path
 from typing import Any
 
 BITS, GROUP, IMAGE_TOKEN = 4, 64, 49190
-OURS: dict[str, dict[str, Any]] = {"svlm": {}, "svlm, uniform tokens": {"token_weights": "uniform"}}
+OURS: dict[str, dict[str, Any]] = {
+    "svlm": {},
+    "svlm, lazy": {"lazy": True},
+    "svlm, uniform tokens, lazy": {"token_weights": "uniform", "lazy": True},
+}
 PEERS = ("llmcompressor", "gptqmodel", "llmcompressor:bfloat16", "gptqmodel:bfloat16")
 
 
@@ -114,7 +118,8 @@ def ours(folder: Path, settings: dict[str, Any], o: argparse.Namespace) -> None:
     from svlm.compress.base import Context
 
     batches = read_batches(folder / "batches.safetensors", o.batch_size)
-    view = svlm.load_view(folder / "model")
+    settings = dict(settings)
+    view = svlm.load_view(folder / "model", lazy=settings.pop("lazy", False))
     step = svlm.find("quantize.gptq").from_settings({"bits": BITS, "group": GROUP, "where": ["language"]} | settings)
     seconds: dict[str, float] = {}
 
@@ -184,7 +189,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=30, help="of the language model")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--batch-size", type=int, default=8, help="of svlm; peers take samples one by one")
+    parser.add_argument("--batch-size", type=int, default=4, help="of svlm; peers take samples one by one")
     parser.add_argument("--only", nargs="+", help="tools, of: " + ", ".join([*OURS, *PEERS]))
     parser.add_argument("--folder", type=Path, help="where model, batches and weights lie; else a temporary one")
     parser.add_argument("--json", type=Path)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -346,9 +348,8 @@ def test_a_unit_that_is_called_twice_in_a_forward() -> None:
 
 
 def test_every_second_of_a_walk_belongs_to_one_kind_of_work(tmp_path: Path) -> None:
-    import time
-
-    view, seconds = view_of(zoo.model("llava")), {}
+    view = view_of(zoo.model("llava"))
+    seconds: dict[str, float] = {}
     began = time.perf_counter()
     walk = Walk(view, [zoo.batch("llava", samples=2)], "language", scratch=tmp_path, seconds=seconds)
     for unit in walk:
