@@ -178,13 +178,18 @@ def plan(
 @click.option("-o", "--output", "out", type=click.Path(path_type=Path), required=True, help="Folder for the result.")
 @click.option("--resume", is_flag=True, help="Go on where an interrupted run stopped.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier svlm run in OUT.")
+@click.option(
+    "--lazy/--eager", default=None, help="Weights read from a temporary file piece by piece, or all in memory. "
+    "[default: lazy where they would take a quarter of the free memory]",
+)  # fmt: skip
 @loading
 @speed
 @printing
 @click.pass_obj
 def compress(
     state: State, model: str, recipe: str, data: str | None, out: Path, assignments: tuple[str, ...], gate: str | None,
-    resume: bool, overwrite: bool, anatomy: Path | None, trust_remote_code: bool, batch_size: int, as_json: bool,
+    resume: bool, overwrite: bool, lazy: bool | None, anatomy: Path | None, trust_remote_code: bool, batch_size: int,
+    as_json: bool,
 ) -> None:  # fmt: skip
     """Run RECIPE over MODEL, verify every pass on DATA, leave the small model and its report in OUT.
 
@@ -207,7 +212,7 @@ def compress(
     try:
         with progress() as told:
             options = Options(
-                resume=resume, overwrite=overwrite, batch_size=batch_size, rows=rows, progress=told,
+                resume=resume, overwrite=overwrite, lazy=lazy, batch_size=batch_size, rows=rows, progress=told,
                 trust_remote_code=trust_remote_code, on_stage=lambda stage: told.say(stage_line(stage)),
             )  # fmt: skip
             compress_model(model, steps, samples, out, options)

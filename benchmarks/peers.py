@@ -11,19 +11,36 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 Batch = dict[str, torch.Tensor]
-Peer = Callable[[nn.Module, list[Batch], argparse.Namespace], nn.Module]
+Peer = Callable[[Any, list[Batch], argparse.Namespace], nn.Module]
+
+
+FACTS: dict[str, Any] = {}
+
+
+@contextmanager
+def clocked() -> Iterator[None]:
+    """Around a tool's own work: fills FACTS with the seconds inside, those since the process began, and its memory."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    yield
+    FACTS["wall"], FACTS["cpu"] = time.perf_counter() - wall, time.process_time() - cpu
+    began = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+    FACTS["process_wall"] = time.clock_gettime(time.CLOCK_BOOTTIME) - began
+    FACTS["process_cpu"] = sum(os.times()[:4])
+    (peak,) = (row for row in Path("/proc/self/status").read_text().splitlines() if row.startswith("VmHWM"))
+    FACTS["peak_bytes"] = int(peak.split()[1]) * 1024
 
 
 def read_batches(path: Path) -> list[Batch]:
@@ -80,14 +97,18 @@ def llmcompressor(model: nn.Module, batches: list[Batch], o: argparse.Namespace)
     recipe = GPTQModifier(
         config_groups={"group_0": {"targets": names, "weights": weights | {"actorder": "static"}}}, ignore=others
     )
-    oneshot(
-        model=model, dataset=Dataset.from_list(rows), recipe=recipe, data_collator=collate,
-        num_calibration_samples=len(rows), max_seq_length=4096,
-    )  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(o.model)  # not used, but asked for
+    data = Dataset.from_list(rows)
+    rows.clear()
+    with clocked():
+        oneshot(
+            model=model, dataset=data, recipe=recipe, data_collator=collate, processor=tokenizer,
+            num_calibration_samples=len(data), max_seq_length=4096,
+        )  # fmt: skip
     return model
 
 
-def gptqmodel(model: nn.Module, batches: list[Batch], o: argparse.Namespace) -> nn.Module:
+def gptqmodel(_: None, batches: list[Batch], o: argparse.Namespace) -> nn.Module:
     import os
     import tempfile
 
@@ -95,9 +116,10 @@ def gptqmodel(model: nn.Module, batches: list[Batch], o: argparse.Namespace) -> 
     from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
 
     config = QuantizeConfig(bits=o.bits, group_size=o.group, desc_act=False, sym=True, device="cpu")
-    wrapped = GPTQModel.load(str(o.model), config, torch_dtype=torch.float32)
+    wrapped = GPTQModel.load(str(o.model), config, torch_dtype=getattr(torch, o.dtype))
     type(wrapped).prepare_dataset = lambda self, calibration_dataset, **_: calibration_dataset
-    wrapped.quantize(batches, batch_size=1)
+    with clocked():
+        wrapped.quantize(batches, batch_size=1)
     with tempfile.TemporaryDirectory() as folder:  # in memory its modules are on "meta" now
         wrapped.save(folder)
         return GPTQModel.load(folder, backend=BACKEND.TORCH, device="cpu").model
@@ -128,11 +150,12 @@ def hqq(model: nn.Module, batches: list[Batch], o: argparse.Namespace) -> nn.Mod
     return model
 
 
-def bitsandbytes(model: nn.Module, batches: list[Batch], o: argparse.Namespace) -> nn.Module:
+def bitsandbytes(_: None, batches: list[Batch], o: argparse.Namespace) -> nn.Module:
     from transformers import BitsAndBytesConfig
 
     if o.bits != 4:
         raise SystemExit("bitsandbytes: 4 bits only")
+    model = load(o)
     keep = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in targets(model)]
     config = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=keep, bnb_4bit_compute_dtype=torch.float32
@@ -166,6 +189,12 @@ PEERS: dict[str, Peer] = {
     "llmcompressor": llmcompressor, "gptqmodel": gptqmodel, "auto-round": auto_round, "hqq": hqq,
     "bitsandbytes": bitsandbytes, "optimum-quanto": quanto, "torchao": torchao,
 }  # fmt: skip
+LOAD_THEMSELVES = ("gptqmodel", "bitsandbytes")
+CLOCK_THEMSELVES = (llmcompressor, gptqmodel)
+
+
+def load(o: argparse.Namespace) -> nn.Module:
+    return AutoModelForImageTextToText.from_pretrained(o.model, dtype=getattr(torch, o.dtype)).eval()
 
 
 def main() -> None:
@@ -175,23 +204,25 @@ def main() -> None:
     parser.add_argument("--batches", type=Path, required=True)
     parser.add_argument("--bits", type=int, required=True)
     parser.add_argument("--group", type=int, required=True)
+    parser.add_argument("--dtype", default="float32", help="of the model in memory")
     parser.add_argument("--steps", type=int, default=200, help="of auto-round")
     parser.add_argument("--out", type=Path, required=True)
     o = parser.parse_args()
     torch.manual_seed(0)
     batches = read_batches(o.batches)
-    model = AutoModelForImageTextToText.from_pretrained(o.model, dtype=torch.float32).eval()
-    widths = {path: module.in_features for path, module in targets(model).items()}
-    before = {path: module.weight.detach().clone() for path, module in targets(model).items()}
-    wall, cpu = time.perf_counter(), time.process_time()
-    quantized = PEERS[o.peer](model, batches, o)
-    facts = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
-    weights = effective(quantized, list(widths), widths)
-    same = [path for path in weights if torch.equal(weights[path], before[path])]
+    quantize = PEERS[o.peer]
+    given = None if o.peer in LOAD_THEMSELVES else load(o)
+    if quantize in CLOCK_THEMSELVES:
+        quantized = quantize(given, batches, o)
+    else:
+        with clocked():
+            quantized = quantize(given, batches, o)
+    original = targets(load(o))
+    weights = effective(quantized, list(original), {path: module.in_features for path, module in original.items()})
+    same = [path for path in weights if torch.equal(weights[path], original[path].weight.float())]
     if same:
         raise SystemExit(f"{o.peer} left {len(same)} linears as they were, {same[0]} for one")
-    facts["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    save_file(weights, o.out, metadata={"facts": json.dumps(facts)})
+    save_file(weights, o.out, metadata={"facts": json.dumps(FACTS)})
 
 
 if __name__ == "__main__":

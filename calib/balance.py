@@ -41,12 +41,13 @@ from ..compress.anatomy import LinearRef, ModelView, TokenMasks
 from ..compress.base import Json, evaluating
 from ..compress.errors import Unmet, WorkFailed
 from ..compress.runtime.reduce import installed
-from .replay import patched
+from .replay import patched, pieces
 from .scratch import fingerprint
 from .stats import input_masks
 
 SAMPLES = 32  # that the ratios are measured on; batches without images are passed over
 PIECE = 4  # samples in one backward pass, where a batch can be taken apart
+Finished = Callable[[int, slice], Mapping[nn.Module, Callable[..., Any]]]
 OUTPUTS = {"attn.o": "attn", "mlp.down": "mlp", "cross.v": "cross"}  # role of a linear -> whose ratio its output gives
 
 
@@ -121,10 +122,10 @@ class Balance:
         self._path = scratch / "balance.json" if scratch else None
         self._measured: Measured | None = None
 
-    def measured(self) -> Measured:
-        """The measurement; the first call makes it, or reads what a killed run left."""
+    def measured(self, finished: Finished | None = None) -> Measured:
+        """The measurement; the first call makes it, or reads what a killed run left. `finished`: as in `measure`."""
         if self.known() is None:
-            self._measured = measure(self.view, self.batches)
+            self._measured = measure(self.view, self.batches, finished=finished)
             if self._path:
                 from ..compress.disk import write_json
 
@@ -184,9 +185,16 @@ class _Sums:
 
 
 def measure(
-    view: ModelView, batches: Sequence[Mapping[str, Any]], samples: int = SAMPLES, piece: int = PIECE
+    view: ModelView,
+    batches: Sequence[Mapping[str, Any]],
+    samples: int = SAMPLES,
+    piece: int = PIECE,
+    finished: Finished | None = None,
 ) -> Measured:
     """Gradients of the answers' loss at the outputs of the language model's blocks, over about `samples` samples.
+
+    Args:
+        finished: of a batch's number and some of its samples, modules whose outputs are known and stand in for them.
 
     Raises:
         Unmet: a batch has no labels. WorkFailed: the loss is not finite.
@@ -194,7 +202,7 @@ def measure(
     refs = [ref for unit in view.units for ref in unit.linears if ref.role in OUTPUTS and unit.part == "language"]
     sums = {ref: _Sums() for ref in refs}
     seen = 0
-    for batch in batches:
+    for index, batch in enumerate(batches):
         if "labels" not in batch:
             raise Unmet(
                 "token_weights 'gradient' needs the answers' tokens",
@@ -204,10 +212,12 @@ def measure(
         watched = [ref for ref in refs if (masks := input_masks(view, batch, ref)) is not None and masks.vision.any()]
         if not watched:
             continue
+        start = 0
         for part in pieces(view, batch, piece):
             if seen >= samples:
                 break
-            arrived, kept = _backward(view, part, watched)
+            rows = slice(start, start := start + len(part["labels"]))
+            arrived, kept = _backward(view, part, watched, finished(index, rows) if finished else {})
             for ref, calls in arrived.items():
                 masks = input_masks(view, part, ref, kept)
                 assert masks is not None
@@ -238,25 +248,11 @@ def _predicting(view: ModelView, batch: Mapping[str, Any], ref: LinearRef, masks
     return found
 
 
-def pieces(view: ModelView, batch: Mapping[str, Any], size: int) -> Iterator[dict[str, Any]]:
-    """A batch, `size` samples at a time where it can be taken apart, else whole.
-
-    It can where every tensor has a row for each sample: the rows of `pixel_values` are then one a sample, since each
-    sample has visual tokens, and so an image.
-    """
-    rows = len(batch["labels"])
-    tensors = {key: value for key, value in batch.items() if isinstance(value, torch.Tensor)}
-    apart = all(value.ndim and len(value) == rows for value in tensors.values())
-    apart = apart and bool(view.token_masks(batch, "prompt").vision.any(1).all())
-    if not apart:
-        yield dict(batch)
-        return
-    for start in range(0, rows, size):
-        yield {key: value[start : start + size] if key in tensors else value for key, value in batch.items()}
-
-
 def _backward(
-    view: ModelView, batch: Mapping[str, Any], watched: Sequence[LinearRef]
+    view: ModelView,
+    batch: Mapping[str, Any],
+    watched: Sequence[LinearRef],
+    finished: Mapping[nn.Module, Callable[..., Any]],
 ) -> tuple[dict[LinearRef, list[torch.Tensor]], Any]:
     """One backward pass: for each watched linear ``|dL/dY|`` by token, [tokens] a call; and what a token pass kept."""
     arrived: dict[LinearRef, list[torch.Tensor]] = {ref: [] for ref in watched}
@@ -284,7 +280,7 @@ def _backward(
     blocks = {ref.unit.module for ref in watched}
     with evaluating(view.model), frozen(view.model), torch.enable_grad():
         inside = {ref.module: watching(ref) for ref in watched}
-        with patched(inside | {block: again(block) for block in blocks}):
+        with patched({**finished, **inside, **{block: again(block) for block in blocks}}):
             loss = _loss(view, batch)
             reduction = installed(view.model)
             kept = reduction.last if reduction else None

@@ -10,11 +10,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from ..compress.anatomy import ModelView, Unit
 from ..compress.base import evaluating
 from ..compress.errors import WorkFailed
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class Arrived(BaseException):
+    """Stops a forward when what was wanted is there. No Exception: nothing on the way may swallow it."""
 
 
 class Probe:
@@ -25,6 +31,8 @@ class Probe:
         tapped: blocks whose output something besides the successor reads.
         owners: a tower, a decoder or the parent of a stack -> the units inside; only those that all calls go through.
         mutates: the model changes block outputs in place, so that memos must be copied.
+
+    What is looked at is one sample of the first batch of each kind, or that batch whole where it cannot be taken apart.
     """
 
     def __init__(
@@ -32,9 +40,9 @@ class Probe:
         view: ModelView,
         units: Sequence[Unit],
         batches: Sequence[Mapping[str, Any]],
-        run: Callable[[int], Any],
+        run: Callable[[Mapping[str, Any]], Any],
     ) -> None:
-        """`run(index)` is the model's forward of batch `index`."""
+        """`run(batch)` is the model's forward of a batch."""
         self.view, self.units, self.run = view, units, run
         self.successor = {a.path: b.path for a, b in pairwise(units) if a.stack is not None and a.stack is b.stack}
         paths = {unit.path for unit in units}
@@ -48,18 +56,39 @@ class Probe:
         self.tapped: set[str] = set()
         self.mutates = False
         self._calls: dict[frozenset[str], dict[str, int]] = {}
-        for index, batch in enumerate(batches):
+        self._lengths: dict[frozenset[str], dict[str, list[int | None]] | None] = {}
+        for batch in batches:
             if _keys(batch) not in self._calls:
-                self._calls[_keys(batch)] = self._trace(index)
+                first = next(pieces(view, batch, 1))
+                self._calls[_keys(batch)], lengths = self._trace(first)
+                self._lengths[_keys(batch)] = lengths if samples(first) == 1 else None
 
     def calls(self, batch: Mapping[str, Any], path: str) -> int:
         """How often the module is called in a forward of this kind of batch."""
         return self._calls[_keys(batch)][path]
 
-    def _trace(self, index: int) -> dict[str, int]:
+    def rows(self, batch: Mapping[str, Any], path: str, outputs: list[Any], rows: slice) -> list[Any] | None:
+        """Of what the module returned for `batch`, one entry a call, that of the samples `rows`; None: cannot be said.
+
+        It can where every tensor is as long as the one of a single sample times the samples.
+        """
+        lengths, count = self._lengths[_keys(batch)], samples(batch)
+        if lengths is None:
+            return outputs if (rows.start, rows.stop) == (0, count) else None
+        leaves, spec = tree_flatten(outputs)
+        if [_length(leaf) for leaf in leaves] != [n and n * count for n in lengths[path]]:
+            return None
+        cut = [
+            leaf if n is None else leaf[rows.start * n : rows.stop * n]
+            for leaf, n in zip(leaves, lengths[path], strict=True)
+        ]
+        return tree_unflatten(cut, spec)
+
+    def _trace(self, batch: Mapping[str, Any]) -> tuple[dict[str, int], dict[str, list[int | None]]]:
         units = {unit.path for unit in self.units}
         blocks = {unit.path for unit in self.units if unit.stack is not None}  # the many: shapes alone are kept
         shapes: dict[str, list[Any]] = {path: [] for path in [*self.owners, *units]}
+        lengths: dict[str, list[int | None]] = {path: [] for path in shapes}
         active: list[str] = []
 
         def follow(path: str, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -71,6 +100,7 @@ class Probe:
                     out = original(*args, **kwargs)
                 finally:
                     active.remove(path)
+                lengths[path] += [_length(leaf) for leaf in tree_leaves(out)]
                 memo = out if path in units else None
                 shapes[path].append(hollow(memo, 0.0) if path in blocks else rewrapped(memo))
                 return out
@@ -79,15 +109,15 @@ class Probe:
 
         modules = {path: self.view.model.get_submodule(path) for path in shapes}
         with evaluating(self.view.model), patched({m: follow(p, m.forward) for p, m in modules.items()}):
-            self.run(index)
+            self.run(batch)
         self.owners = {owner: inside for owner, inside in self.owners.items() if shapes[owner]}
         outputs = {unit.path: shapes[unit.path] for unit in self.units}
         for path in self.successor:
-            if outputs[path] and path not in self.tapped and self._read_elsewhere(index, outputs, path):
+            if outputs[path] and path not in self.tapped and self._read_elsewhere(batch, outputs, path):
                 self.tapped.add(path)
-        return {path: len(outs) for path, outs in shapes.items()}
+        return {path: len(outs) for path, outs in shapes.items()}, lengths
 
-    def _read_elsewhere(self, index: int, outputs: dict[str, list[Any]], path: str) -> bool:
+    def _read_elsewhere(self, batch: Mapping[str, Any], outputs: dict[str, list[Any]], path: str) -> bool:
         """Run the model with every unit stubbed, this one's output NaN: does NaN reach anything but the successor?"""
         allowed = {self.successor[path]}
         leaked = False
@@ -105,11 +135,37 @@ class Probe:
         stubs = {self.view.model.get_submodule(name): stub(name) for name in outputs}
         with evaluating(self.view.model), patched(stubs):
             try:
-                final = self.run(index)
+                final = self.run(batch)
             except RuntimeError:  # code between the blocks writes into a block's output
                 self.mutates = True
                 return True
         return leaked or has_nan(final)
+
+
+def _length(leaf: Any) -> int | None:
+    return len(leaf) if isinstance(leaf, torch.Tensor) and leaf.ndim else None
+
+
+def samples(batch: Mapping[str, Any]) -> int:
+    """How many samples are in a batch."""
+    return len(next(batch[key] for key in ("input_ids", "labels", "pixel_values") if key in batch))
+
+
+def pieces(view: ModelView, batch: Mapping[str, Any], size: int) -> Iterator[dict[str, Any]]:
+    """A batch, `size` samples at a time where it can be taken apart, else whole.
+
+    It can where every tensor has a row for each sample: the rows of `pixel_values` are then one a sample, since each
+    sample has visual tokens, and so an image.
+    """
+    rows = samples(batch)
+    tensors = {key: value for key, value in batch.items() if isinstance(value, torch.Tensor)}
+    apart = "input_ids" in batch and all(value.ndim and len(value) == rows for value in tensors.values())
+    apart = apart and bool(view.token_masks(batch, "prompt").vision.any(1).all())
+    if not apart:
+        yield dict(batch)
+        return
+    for start in range(0, rows, size):
+        yield {key: value[start : start + size] if key in tensors else value for key, value in batch.items()}
 
 
 def _keys(batch: Mapping[str, Any]) -> frozenset[str]:
@@ -171,6 +227,19 @@ def recording(module: nn.Module, into: list[Any], keep: bool) -> Callable[..., A
         out = original(*args, **kwargs)
         into.append(rewrapped(out) if keep else hollow(out))
         return out
+
+    return forward
+
+
+def catching(module: nn.Module, caught: list[Call], expected: int) -> Callable[..., Any]:
+    """The module's forward, its arguments added to `caught`; stops the model's forward at the last expected call."""
+    original = module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        caught.append((args, kwargs))
+        if len(caught) == expected:
+            raise Arrived
+        return original(*args, **kwargs)
 
     return forward
 

@@ -35,16 +35,12 @@ from ..compress.runtime.activations import installed as rounding_of
 from ..compress.runtime.reduce import installed
 from ..compress.selectors import Where
 from .balance import Balance
-from .replay import Probe, hollow, patched, recording, replaying, swapped
+from .clock import Clock
+from .replay import Arrived, Call, Probe, catching, hollow, patched, recording, replaying, samples, swapped
 from .scratch import Scratch
 from .stats import Kept, Stat, TokenWeights, input_masks, modality_weights
 
 S = TypeVar("S", bound=Stat)
-Call = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-class _Arrived(BaseException):
-    """Stops a forward when what was wanted is there. No Exception: nothing on the way may swallow it."""
 
 
 class WalkUnit:
@@ -93,12 +89,13 @@ class WalkUnit:
             for args, kwargs in calls:
                 waiting = dict(leads)
                 watchers = {
-                    ref.module: _watching(ref, stats[stage], weights[stage], waiting) for stage, ref in leads.items()
+                    ref.module: _watching(ref, stats[stage], weights[stage], waiting, self._walk._clock)
+                    for stage, ref in leads.items()
                 }
                 with patched(watchers):
                     try:
                         self._walk._run(self.unit, args, kwargs)
-                    except _Arrived:
+                    except Arrived:
                         continue
                 raise WorkFailed(
                     "a linear was not called",
@@ -131,35 +128,24 @@ class WalkUnit:
         last = [ref for ref in self.unit.linears if ref.role not in ("cross.k", "cross.v")][-1]
         for index, calls in enumerate(self._calls):
             batch = self._walk.batches[index]
-            samples = len(next(batch[key] for key in ("input_ids", "labels", "pixel_values") if key in batch))
             weights = self._walk._weights(index, last, token_weights)
-            yield from [(samples, weights)] * len(calls)
+            yield from [(samples(batch), weights)] * len(calls)
 
 
-def _watching(ref: LinearRef, stat: Stat, weights: torch.Tensor | None, waiting: dict[int, LinearRef]) -> Any:
+def _watching(
+    ref: LinearRef, stat: Stat, weights: torch.Tensor | None, waiting: dict[int, LinearRef], clock: Clock
+) -> Any:
     """The linear's forward, its input added to `stat`; stops the unit's forward when the last of `waiting` is there."""
     original = ref.module.forward
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         rows = x.detach().reshape(-1, x.shape[-1])
-        stat.update(rows, _fitting(weights, rows, ref))
+        with clock.timing("statistics"):
+            stat.update(rows, _fitting(weights, rows, ref))
         waiting.pop(ref.stage, None)
         if not waiting:
-            raise _Arrived
+            raise Arrived
         return original(x)
-
-    return forward
-
-
-def _catching(module: nn.Module, caught: list[Call], expected: int) -> Callable[..., Any]:
-    """The module's forward, its arguments added to `caught`; stops the model's forward at the last expected call."""
-    original = module.forward
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        caught.append((args, kwargs))
-        if len(caught) == expected:
-            raise _Arrived
-        return original(*args, **kwargs)
 
     return forward
 
@@ -173,6 +159,7 @@ class Walk:
         scratch: a folder that keeps finished units across a kill; they are restored and not yielded again.
         name: of the walk, a folder in `scratch`, unique within a pass.
         balance: the gradient ratios of token_weights ``gradient``, shared by the walks of a pass.
+        seconds: to which the time is added, by kind of work (`clock.Clock`).
 
     Attributes:
         notes: unit name -> what the pass noted there, restored units included.
@@ -192,8 +179,10 @@ class Walk:
         name: str = "walk",
         progress: Progress | None = None,
         balance: Balance | None = None,
+        seconds: dict[str, float] | None = None,
     ) -> None:
         self.view, self.batches = view, batches
+        self._clock = Clock(seconds)
         self._units = view.units
         self.name, self.progress = name, progress or Silent()
         self.notes: dict[str, dict[str, Json]] = {}
@@ -225,13 +214,16 @@ class Walk:
                 self.progress.step(note=unit.name)
                 done += 1
         for unit in units[done:]:
-            calls = self._capture(unit)
+            with self._clock.timing("forward"):
+                calls = self._capture(unit)
             current = WalkUnit(self, unit, self._selected[unit], calls)
             rounding = rounding_of(unit.module)
-            yield current
+            with self._clock.timing("solve"):
+                yield current
             self.notes[unit.name] = current.notes
             if self._scratch:
-                self._scratch.save(unit, current.notes)
+                with self._clock.timing("write"):
+                    self._scratch.save(unit, current.notes)
             if unit is not units[-1]:
                 now = rounding_of(unit.module)  # of a unit that is a linear itself: what was caught has met its hook
                 if now is not None and now is not rounding:
@@ -244,8 +236,8 @@ class Walk:
 
     def replay(self, index: int) -> Any:
         """The model's own output for batch `index` with every finished unit replaced by its memo."""
-        with evaluating(self.view.model), patched(self._returning(index)):
-            return self._forward(index)
+        with self._clock.timing("forward"), evaluating(self.view.model), patched(self._returning(index)):
+            return self._forward(self.batches[index])
 
     def weights_used(self, mode: TokenWeights) -> Json:
         """For a pass's notes: what a visual token weighed in the language model where one of text weighed 1.
@@ -268,7 +260,7 @@ class Walk:
     def _run(self, unit: Unit, args: tuple[Any, ...], kwargs: dict[str, Any], gradients: bool = False) -> Any:
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         versions = [tensor._version for tensor in given]
-        with evaluating(self.view.model), torch.set_grad_enabled(gradients):
+        with self._clock.timing("forward"), evaluating(self.view.model), torch.set_grad_enabled(gradients):
             out = unit.module.forward(*args, **kwargs)
         if versions != [tensor._version for tensor in given]:
             raise WorkFailed("a block changes its input in place; it cannot be walked", where=unit.name)
@@ -277,7 +269,8 @@ class Walk:
     def _weights(self, index: int, ref: LinearRef, mode: TokenWeights) -> torch.Tensor | None:
         """Token weights [batch, tokens] of a linear's input; None: all 1."""
         if mode == "gradient" and self._weighs:  # before the first change of a weight, whichever unit comes first
-            self.balance.measured()
+            with self._clock.timing("balance"):
+                self.balance.measured(self._finished)
         masks = input_masks(self.view, self.batches[index], ref, self._kept[index])
         if masks is None:
             return None
@@ -297,10 +290,10 @@ class Walk:
 
     # ------------------------------------------------------------------------------------------------- the whole model
 
-    def _forward(self, index: int) -> Any:
+    def _forward(self, batch: Mapping[str, Any]) -> Any:
         device = self.view.model.device
-        batch = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in self.batches[index].items()}
-        return self.view.model(**{**batch, "use_cache": False})
+        given = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+        return self.view.model(**{**given, "use_cache": False})
 
     def _capture(self, unit: Unit) -> list[list[Call]]:
         """The arguments of `unit` for every batch. What runs before it and is not finished is remembered on the way."""
@@ -332,11 +325,11 @@ class Walk:
             for path, record in records.items():
                 record.append([])
                 patches[self._module(path)] = recording(self._module(path), record[-1], keep.get(path, True))
-            patches[unit.module] = _catching(unit.module, caught, expected)
+            patches[unit.module] = catching(unit.module, caught, expected)
             with evaluating(self.view.model), patched(patches):
                 try:
-                    self._forward(index)
-                except _Arrived:
+                    self._forward(self.batches[index])
+                except Arrived:
                     reached = True
             reduction = installed(self.view.model)
             self._kept[index] = reduction.last if reduction else None
@@ -373,6 +366,16 @@ class Walk:
     def _returning(self, index: int) -> dict[nn.Module, Callable[..., Any]]:
         copy = self._probe is not None and self._probe.mutates
         return {self._module(path): replaying(path, memo[index], copy) for path, memo in self._memos.items()}
+
+    def _finished(self, index: int, rows: slice) -> dict[nn.Module, Callable[..., Any]]:
+        """What stands in for finished modules where only the samples `rows` of a batch run; nothing where unsure."""
+        assert self._probe is not None
+        batch = self.batches[index]
+        found = {path: self._probe.rows(batch, path, memo[index], rows) for path, memo in self._memos.items()}
+        known = {path: outputs for path, outputs in found.items() if outputs is not None}
+        if len(known) < len(found):
+            return {}
+        return {self._module(path): replaying(path, outputs, self._probe.mutates) for path, outputs in known.items()}
 
 
 def _fitting(weights: torch.Tensor | None, rows: torch.Tensor, ref: LinearRef) -> torch.Tensor:

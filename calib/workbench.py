@@ -125,13 +125,14 @@ def _context(
     recovery: Callable[[int], Iterator[Mapping[str, Any]]] | None,
 ) -> Context:
     balance = Balance(view, fit, scratch)
+    seconds: dict[str, float] = {}
 
     def walk(where: Any = None, **options: Any) -> Walk:
-        return Walk(view, fit, where, scratch=scratch, progress=progress, balance=balance, **options)
+        return Walk(view, fit, where, scratch=scratch, progress=progress, balance=balance, seconds=seconds, **options)
 
     @contextmanager
     def teacher() -> Iterator[ModelView]:
         with evaluating(original.model):
             yield original
 
-    return Context(fit, walk, teacher, seed, progress, scratch, recovery)
+    return Context(fit, walk, teacher, seed, progress, scratch, recovery, seconds)

@@ -73,6 +73,7 @@ class Context:
         progress: see `Progress`.
         scratch: a folder of this pass, kept across a kill; None where nothing is to be resumed.
         recovery: `recovery(batch_size)` yields fresh training batches without end, where the data has such a source.
+        seconds: where the time of the walks goes (calib/clock.py); it ends up in the notes.
     """
 
     fit: Sequence[Mapping[str, Any]]
@@ -82,6 +83,7 @@ class Context:
     progress: Progress = field(default_factory=Silent)
     scratch: Path | None = None
     recovery: Callable[[int], Iterator[Mapping[str, Any]]] | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

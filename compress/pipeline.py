@@ -231,7 +231,10 @@ def apply_pass(step: Pass, view: ModelView, ctx: Context, *, where: str = "") ->
     except UsageError as error:
         error.where = error.where or where or step.name
         raise
+    ctx.seconds.clear()
     notes = step.apply(view, ctx)
+    if ctx.seconds:
+        notes.numbers["seconds"] = {what: round(spent, 3) for what, spent in ctx.seconds.items()}
     round_to_storage(view)
     try:
         check_finite(view, where or step.name)

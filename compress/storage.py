@@ -22,6 +22,7 @@ from .errors import ModelError
 from .export.compressed_tensors import PLAIN_FILE, packed_state, plain_grids, quantization_config, unpack_state
 from .families import Family
 from .ledger import SCHEMA, Ledger, Record
+from .mapped import map_weights, on_meta, read_mapped, release, worth_mapping
 
 DEMO = Path(__file__).resolve().parent.parent / "calib" / "demo" / "model"
 LEDGER_FILE = "svlm.json"
@@ -44,6 +45,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     trust_remote_code: bool = False,
     rows: Sequence[Family] = (),
+    lazy: bool | None = None,
 ) -> ModelView:
     """Load an original model, or one that svlm saved, and find its anatomy.
 
@@ -52,6 +54,8 @@ def load_model(
         find: the menu of passes, needed where `svlm.json` says that passes were applied.
         dtype: of the weights in memory; `ModelView.storage_dtype` keeps what they had on disk.
         rows: anatomy rows of the user, tried before those that ship.
+        lazy: keep the weights in a file that is read in piece by piece (`mapped`); None: where they would take more
+            than a quarter of the memory that is free.
 
     Raises:
         ModelError: no such model, a missing shard, missing or non-finite weights, an unknown family.
@@ -59,8 +63,8 @@ def load_model(
     path = resolve(spec)
     _quiet()
     if (Path(path) / LEDGER_FILE).is_file():
-        return _load_saved(Path(path), find, dtype, trust_remote_code, rows)
-    model, storage = _from_pretrained(path, dtype, trust_remote_code)
+        return _load_saved(Path(path), find, dtype, trust_remote_code, rows, lazy)
+    model, storage = _from_pretrained(path, dtype, trust_remote_code, lazy)
     view = view_of(model, _processor(path, trust_remote_code), source=str(spec), rows=rows)
     view.storage_dtype = storage
     round_to_storage(view)  # a checkpoint may be finer than its config says
@@ -68,7 +72,9 @@ def load_model(
     return view
 
 
-def _from_pretrained(path: str, dtype: torch.dtype, trust_remote_code: bool) -> tuple[Any, torch.dtype]:
+def _from_pretrained(
+    path: str, dtype: torch.dtype, trust_remote_code: bool, lazy: bool | None
+) -> tuple[Any, torch.dtype]:
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     local = Path(path)
@@ -80,6 +86,10 @@ def _from_pretrained(path: str, dtype: torch.dtype, trust_remote_code: bool) -> 
             raise ModelError(
                 "the checkpoint is quantized already", where=path, change="give the original in 16 or 32 bits"
             )
+        storage = _stored_dtype(path, config, dtype)
+        lazy = worth_mapping(weight_bytes(local) // storage.itemsize) if lazy is None else lazy
+        if lazy and (whole := _read_lazily(local, config, dtype, trust_remote_code)) is not None:
+            return whole.eval(), storage
         model, info = AutoModelForImageTextToText.from_pretrained(
             path, config=config, dtype=dtype, output_loading_info=True, trust_remote_code=trust_remote_code
         )
@@ -101,7 +111,19 @@ def _from_pretrained(path: str, dtype: torch.dtype, trust_remote_code: bool) -> 
             found=f"{len(lost)} missing, first: {lost[0]}",
             change="fetch the missing shard",
         )
-    return model.eval(), _stored_dtype(path, config, dtype)
+    if lazy:
+        map_weights(model)
+    return model.eval(), storage
+
+
+def _read_lazily(local: Path, config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+    """The model filled from the folder's files one by one; None where their names are not the model's own."""
+    from transformers import AutoModelForImageTextToText
+
+    with on_meta():
+        bare = AutoModelForImageTextToText.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    files = sorted(local.glob("*.safetensors")) if local.is_dir() else []
+    return bare if files and read_mapped(bare, files, dtype) else None
 
 
 def _stored_dtype(path: str, config: Any, fallback: torch.dtype) -> torch.dtype:
@@ -121,7 +143,12 @@ def _processor(path: str, trust_remote_code: bool) -> Any:
 
 
 def _load_saved(
-    path: Path, find: Finder | None, dtype: torch.dtype, trust_remote_code: bool, rows: Sequence[Family]
+    path: Path,
+    find: Finder | None,
+    dtype: torch.dtype,
+    trust_remote_code: bool,
+    rows: Sequence[Family],
+    lazy: bool | None,
 ) -> ModelView:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -165,6 +192,8 @@ def _load_saved(
     view.ledger = Ledger.from_json(saved["ledger"])
     view.grids = {names[saved_name]: grid for saved_name, grid in grids.items()}
     rebuild(view, view.ledger, find)
+    if worth_mapping(sum(p.numel() for p in model.parameters())) if lazy is None else lazy:
+        map_weights(view.model)
     check_finite(view, str(path))
     return view
 
@@ -188,6 +217,7 @@ def check_finite(view: ModelView, where: str) -> None:
                 found=f"{bad} of {tensor.numel()} values are NaN or infinite",
                 change="fetch the checkpoint again, or repair this tensor",
             )
+        release(tensor)
 
 
 # -------------------------------------------------------------------------------------------------------------- saving
@@ -199,6 +229,7 @@ def round_to_storage(view: ModelView) -> None:
         for tensor in view.model.state_dict().values():
             if tensor.is_floating_point() and tensor.dtype != view.storage_dtype:
                 tensor.copy_(tensor.to(view.storage_dtype))
+                release(tensor)
 
 
 def save(view: ModelView, folder: str | Path) -> int:
@@ -266,6 +297,7 @@ def cast_state(view: ModelView) -> dict[str, torch.Tensor]:
         key = (tensor.data_ptr(), tensor.shape)
         if key not in cast or tensor.numel() == 0:
             cast[key] = tensor.detach().to(dtype)
+            release(tensor)
         state[name] = cast[key]
     return state
 
@@ -302,6 +334,7 @@ def fingerprint(view: ModelView) -> str:
     for name, tensor in sorted(view.model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        release(tensor)
     return digest.hexdigest()
 
 

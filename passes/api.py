@@ -39,9 +39,13 @@ def load_view(
     dtype: torch.dtype = torch.float32,
     rows: Sequence[Family] = (),
     trust_remote_code: bool = False,
+    lazy: bool | None = None,
 ) -> ModelView:
-    """A model with its anatomy: `demo`, a folder (an original's or one that svlm saved), or a hub id."""
-    return storage.load_model(spec, find=find, dtype=dtype, rows=rows, trust_remote_code=trust_remote_code)
+    """A model with its anatomy: `demo`, a folder (an original's or one that svlm saved), or a hub id.
+
+    `lazy`: weights in a temporary file that is read in piece by piece; None decides by the memory that is free.
+    """
+    return storage.load_model(spec, find=find, dtype=dtype, rows=rows, trust_remote_code=trust_remote_code, lazy=lazy)
 
 
 def load(
@@ -94,6 +98,7 @@ class Options:
     keep_stages: bool = False
     rows: tuple[Family, ...] = ()
     trust_remote_code: bool = False
+    lazy: bool | None = None
     progress: Progress = field(default_factory=Silent)
     on_stage: Callable[[dict[str, Json]], None] = lambda stage: None
 
@@ -122,7 +127,9 @@ def compress_model(
         data if isinstance(data, CalibrationSet) else CalibrationSet.load(data, fit=c.fit, check=c.check, seed=c.seed)
     )
     original = (
-        model if isinstance(model, ModelView) else load_view(model, rows=o.rows, trust_remote_code=o.trust_remote_code)
+        model
+        if isinstance(model, ModelView)
+        else load_view(model, rows=o.rows, trust_remote_code=o.trust_remote_code, lazy=o.lazy)
     )
     run = RunFolder(Path(out))
     run.claim(resume=o.resume, overwrite=o.overwrite)
@@ -141,7 +148,7 @@ def _run(
     bench = Workbench(
         original, samples, cache_dir=run.reference, batch_size=o.batch_size, latency=o.latency, progress=o.progress
     )
-    load_options = {"rows": o.rows, "trust_remote_code": o.trust_remote_code}
+    load_options = {"rows": o.rows, "trust_remote_code": o.trust_remote_code, "lazy": o.lazy}
     try:
         if o.rehearse and not o.resume:
             preflight(plan, original, bench, run.out, find, load_options)

@@ -201,6 +201,8 @@ def test_a_finished_stage_is_one_line() -> None:
     stages = reports.report(stopped=True)["stages"]
     assert stage_line(stages[0]) == "stage 0 original: baseline; exact match 91.4 %; 7.82 MB; 12 s"
     assert "change −1.2 [−2.5, +0.2]" in stage_line(stages[3])
+    timed = stages[0] | {"notes": {"seconds": {"forward": 8.04, "solve": 3.5}}}
+    assert stage_line(timed).endswith("; 12 s (forward 8.0 s, solve 3.5 s)")
     assert stage_line(stages[4]).endswith("(exact match lost 40.20 points, allowed 2.00 points)")
 
 

@@ -39,7 +39,8 @@ def stage_line(stage: Mapping[str, Any]) -> str:
     words = [f"stage {row['index']} {row['pass']}: {row['verdict']}", f"exact match {r.percent(row['exact_match'])}"]
     if row["index"]:
         words.append(f"change {r.change(row)}")
-    words += [r.size(row["bytes"]), f"{r.number(row['seconds'], '.0f')} s"]
+    split = r.time_split(stage)
+    words += [r.size(row["bytes"]), f"{r.number(row['seconds'], '.0f')} s" + (f" ({split})" if split else "")]
     return "; ".join(words) + (f" ({row['says']})" if row["verdict"] not in ("baseline", "passed") else "")
 
 

@@ -11,6 +11,8 @@ import torch
 
 from ...compress.runtime.grid import Grid
 
+PANEL = 32  # columns between two updates of the rest: one panel of them stays in a core's cache
+
 
 def descend(
     w: torch.Tensor,
@@ -20,7 +22,6 @@ def descend(
     damping: float,
     rounds: int,
     drift: torch.Tensor | None = None,
-    blocksize: int = 128,
 ) -> tuple[torch.Tensor, Grid]:
     """`q` [out, in], on `grid`, after `rounds` turns of new scales and one sweep over the integers: (weight, grid).
 
@@ -32,88 +33,99 @@ def descend(
     damped = h.to(w.dtype).clone()
     diagonal = damped.diagonal()
     diagonal += torch.where(diagonal == 0, 1.0, 0.0) + damping
-    pull = torch.zeros_like(w) if drift is None else w @ drift.to(w.dtype)  # -1/2 of the linear term's gradient
-    ints = _integers(q, grid)
+    state = Descent(w, q, grid, damped, None if drift is None else w @ drift.to(w.dtype))
     for _ in range(rounds):
-        grid = _refit(w, ints, grid, damped, pull)
-        ints = _sweep(w, ints, grid, damped, pull, blocksize)
-    return _values(ints, grid, w.dtype), grid
+        state.refit()
+        state.sweep()
+    return state.values.T.contiguous(), state.grid
 
 
-def _integers(q: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """[out, in], the integers less the zeros, in the precision of `q`."""
-    return (q / _wide(grid.scale, q)).round_()
+class Descent:
+    """A rounded weight on its way down. All matrices lie transposed, so that a column of the weight is in one piece.
 
+    With ``R = (W - Q) H + P``, P = W D the drift's pull, the error of a row is ``(R + P) . (W - Q)``: whoever keeps R
+    up to date needs no product with H to know it.
 
-def _values(ints: torch.Tensor, grid: Grid, precision: torch.dtype) -> torch.Tensor:
-    return (ints * _wide(grid.scale, ints)).to(grid.scale.dtype).to(precision)
-
-
-def _wide(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """[out, groups] as [out, in]."""
-    return values.to(like.dtype).repeat_interleave(like.shape[1] // values.shape[1], 1)
-
-
-def _cost(w: torch.Tensor, q: torch.Tensor, h: torch.Tensor, pull: torch.Tensor) -> torch.Tensor:
-    """[out]: the error of every row."""
-    off = w - q
-    return ((off @ h + 2 * pull) * off).sum(1)
-
-
-def _refit(w: torch.Tensor, ints: torch.Tensor, grid: Grid, h: torch.Tensor, pull: torch.Tensor) -> Grid:
-    """The scales with the least error for these integers, row by row; a row that rounding makes worse keeps its own."""
-    out, groups = grid.scale.shape
-    size = w.shape[1] // groups
-    parts = ints.reshape(out, groups, size)
-    normal = torch.empty(out, groups, groups, dtype=w.dtype, device=w.device)
-    for g in range(groups):
-        rows = parts[:, g] @ h[g * size : (g + 1) * size]
-        normal[:, g] = (rows.reshape(out, groups, size) * parts).sum(-1)
-    wanted = ((w @ h + pull).reshape(out, groups, size) * parts).sum(-1)
-    diagonal = normal.diagonal(dim1=1, dim2=2)
-    diagonal += 1e-6 * diagonal.mean(1, keepdim=True) + (diagonal <= 0)  # groups of zeros: any scale will do
-    solution, info = torch.linalg.solve_ex(normal.double(), wanted.double())
-    scale = solution.to(grid.scale.dtype)
-    tiny = torch.finfo(grid.scale.dtype).tiny
-    unusable = ~scale.isfinite() | (scale.abs() < tiny) | (info != 0)[:, None] | (parts == 0).all(-1)
-    trial = Grid(grid.bits, grid.group, grid.symmetric, torch.where(unusable, grid.scale, scale), grid.zero)
-    before, after = (_cost(w, _values(ints, g, w.dtype), h, pull) for g in (grid, trial))
-    trial.scale = torch.where((after < before)[:, None], trial.scale, grid.scale)
-    return trial
-
-
-def _sweep(
-    w: torch.Tensor, ints: torch.Tensor, grid: Grid, h: torch.Tensor, pull: torch.Tensor, blocksize: int
-) -> torch.Tensor:
-    """Every column in turn takes its best integers for what the others now are.
-
-    With ``R = (W - Q) H + W D`` the best value of column j is ``q_j + R_j / H_jj``. Inside a block of columns R is kept
-    exact; the columns outside hear of it when the block is done.
+    Attributes:
+        ints: [in, out], the integers less the zeros, in the precision of the weight. values: [in, out], Q.
+        residual: [in, out], R. grid: the grid as it now is.
     """
-    groups = grid.scale.shape[1]
-    size = w.shape[1] // groups
-    scales = grid.scale.T.to(w.dtype).contiguous()
-    low = torch.full_like(scales, grid.low)
-    high = torch.full_like(scales, grid.high)
-    if grid.zero is not None:
-        zero = grid.zero.T.to(w.dtype)
-        low, high = low - zero, high - zero
-    values = _values(ints, grid, w.dtype).T.contiguous()  # [in, out]
-    ints = ints.T.contiguous()
-    residual = ((w - values.T) @ h + pull).T.contiguous()
-    diagonal = h.diagonal().tolist()
-    for start in range(0, w.shape[1], blocksize):
-        stop = min(start + blocksize, w.shape[1])
-        block, local = residual[start:stop].clone(), h[start:stop, start:stop]
-        changes = torch.empty_like(block)
-        for i in range(stop - start):
-            column = start + i
-            g = column // size
-            best = (block[i] / diagonal[column] + values[column]).div_(scales[g]).round_()
-            ints[column] = torch.maximum(torch.minimum(best, high[g]), low[g])
-            value = (ints[column] * scales[g]).to(grid.scale.dtype).to(w.dtype)
-            changes[i] = value - values[column]
-            values[column] = value
-            block.addr_(local[i], changes[i], alpha=-1)
-        residual.addmm_(h[start:stop].T, changes, alpha=-1)
-    return ints.T.contiguous()
+
+    def __init__(
+        self, w: torch.Tensor, q: torch.Tensor, grid: Grid, h: torch.Tensor, pull: torch.Tensor | None = None
+    ) -> None:
+        """`w`, `q`, `pull`: [out, in]. `h`: [in, in], damped."""
+        self.w, self.h, self.grid = w.T.contiguous(), h, grid
+        self.pull = None if pull is None else pull.T.contiguous()
+        self.groups = grid.scale.shape[1]
+        self.values = q.T.contiguous()
+        self.ints = (self._grouped(self.values) / self._scales(grid)[:, None]).round_().reshape(self.w.shape)
+        self.target = h @ self.w if self.pull is None else torch.addmm(self.pull, h, self.w)
+        self.residual = torch.addmm(self.target, h, self.values, alpha=-1)
+
+    def refit(self) -> None:
+        """The scales with the least error for these integers; a row that rounding makes worse keeps its own."""
+        size = len(self.w) // self.groups
+        parts = self._grouped(self.ints)
+        normal = torch.empty(self.w.shape[1], self.groups, self.groups, dtype=self.w.dtype, device=self.w.device)
+        for g in range(self.groups):
+            rows = self.h[g * size :, g * size : (g + 1) * size] @ parts[g]
+            upper = rows.mul_(self.ints[g * size :]).reshape(-1, size, rows.shape[1]).sum(1)
+            normal[:, g, g:] = normal[:, g:, g] = upper.T
+        wanted = (self._grouped(self.target) * parts).sum(1).T
+        diagonal = normal.diagonal(dim1=1, dim2=2)
+        diagonal += 1e-6 * diagonal.mean(1, keepdim=True) + (diagonal <= 0)  # groups of zeros: any scale will do
+        solution, info = torch.linalg.solve_ex(normal.double(), wanted.double())
+        kept, dtype = self.grid, self.grid.scale.dtype
+        scale = solution.to(dtype)
+        unusable = ~scale.isfinite() | (scale.abs() < torch.finfo(dtype).tiny) | (info != 0)[:, None]
+        unusable |= (parts == 0).all(1).T
+        trial = Grid(kept.bits, kept.group, kept.symmetric, torch.where(unusable, kept.scale, scale), kept.zero)
+        values = (parts * self._scales(trial)[:, None]).to(dtype).to(self.w.dtype).reshape(self.w.shape)
+        residual = torch.addmm(self.target, self.h, values, alpha=-1)
+        better = self._cost(values, residual) < self._cost(self.values, self.residual)
+        trial.scale = torch.where(better[:, None], trial.scale, kept.scale)
+        self.grid = trial
+        self.values = torch.where(better, values, self.values)
+        self.residual = torch.where(better, residual, self.residual)
+
+    def sweep(self, panel: int = PANEL) -> None:
+        """Every column in turn takes its best integers for what the others now are: ``q_j + R_j / H_jj``, rounded.
+
+        Inside a panel of columns R is kept exact; the columns outside hear of it when the panel is done.
+        """
+        columns, size, dtype = len(self.w), len(self.w) // self.groups, self.grid.scale.dtype
+        scales = self._scales(self.grid)
+        low: torch.Tensor | list[int] = [self.grid.low] * self.groups
+        high: torch.Tensor | list[int] = [self.grid.high] * self.groups
+        if self.grid.zero is not None:
+            zero = self.grid.zero.T.to(self.w.dtype)
+            low, high = self.grid.low - zero, self.grid.high - zero
+        steps = self.h.diagonal().reciprocal().tolist()
+        for start in range(0, columns, panel):
+            stop = min(start + panel, columns)
+            block, local = self.residual[start:stop].clone(), self.h[start:stop, start:stop]
+            changes = torch.empty_like(block)
+            for i in range(stop - start):
+                column, g = start + i, (start + i) // size
+                value, change, scale = self.values[column], changes[i], scales[g]
+                best = torch.add(value, block[i], alpha=steps[column]).div_(scale).round_().clamp_(low[g], high[g])
+                self.ints[column] = best
+                best = best.mul_(scale).to(dtype)
+                torch.sub(best, value, out=change)
+                value.copy_(best)
+                block[i + 1 :].addr_(local[i, i + 1 :], change, alpha=-1)
+            self.residual.addmm_(self.h[:, start:stop], changes, alpha=-1)
+
+    def _cost(self, values: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """[out]: the error of every row."""
+        off = self.w - values
+        return (off * (residual if self.pull is None else residual + self.pull)).sum(0)
+
+    def _grouped(self, matrix: torch.Tensor) -> torch.Tensor:
+        """[in, out] as [groups, columns of a group, out]."""
+        return matrix.reshape(self.groups, -1, matrix.shape[1])
+
+    def _scales(self, grid: Grid) -> torch.Tensor:
+        """[groups, out], in the precision of the weight."""
+        return grid.scale.T.to(self.w.dtype).contiguous()

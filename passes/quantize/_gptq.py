@@ -13,7 +13,8 @@ really gets as the original answered to the inputs that the original got.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -58,18 +59,40 @@ class Solved:
     """A rounded weight.
 
     Attributes:
-        weight: [out, in] float32, on `grid`. error: ``tr((W - Q) H (W - Q)^T)`` with the undamped H.
-        relative: `error` over ``tr(W H W^T)``. retries: how often the damping was raised. dead: columns without input.
+        weight: [out, in] float32, on `grid`. errors, sizes: [out] float64, each row's share of
+            ``tr((W - Q) H (W - Q)^T)`` and of ``tr(W H W^T)``, with the undamped H.
+        retries: how often the damping was raised. dead: columns without input.
         fallback: H was zero or never became positive definite; the weight was rounded to nearest.
     """
 
     weight: torch.Tensor
     grid: Grid
-    error: float
-    relative: float
+    errors: torch.Tensor
+    sizes: torch.Tensor
     retries: int = 0
     dead: int = 0
     fallback: bool = False
+
+    @property
+    def error(self) -> float:
+        return float(self.errors.sum())
+
+    @property
+    def relative(self) -> float:
+        """`error` over ``tr(W H W^T)``."""
+        whole = float(self.sizes.sum())
+        return self.error / whole if whole > 0 else 0.0
+
+    def split(self, rows: list[int]) -> list[Solved]:
+        """The answer to several weights that were rounded as one, `rows` [out] of each."""
+        grid, stops = self.grid, list(accumulate(rows))
+        parts = []
+        for start, stop in zip([0, *stops], stops, strict=False):
+            zero = None if grid.zero is None else grid.zero[start:stop].clone()
+            own = Grid(grid.bits, grid.group, grid.symmetric, grid.scale[start:stop].clone(), zero)
+            part = replace(self, weight=self.weight[start:stop], grid=own)
+            parts.append(replace(part, errors=self.errors[start:stop], sizes=self.sizes[start:stop]))
+        return parts
 
 
 def factor_of(h: torch.Tensor, damp: float = 0.01, act_order: ActOrder = "static") -> Factor:
@@ -128,7 +151,7 @@ def gptq(
     if found.upper is None:
         grid = absmax_grid(original, bits, group, symmetric, dtype)
         rounded = dequantize(quantize(original, grid), grid)
-        return Solved(rounded, grid, *layer_error(original, rounded, h), retries, dead, True)
+        return Solved(rounded, grid, *row_errors(original, rounded, h), retries, dead, True)
     alive = original.masked_fill(found.dead, 0.0)
 
     def grid_of(part: torch.Tensor, size: int, importance: torch.Tensor) -> Grid:
@@ -139,7 +162,8 @@ def gptq(
     importance, size = found.importance, w.shape[1] if group == -1 else group
     static = act_order == "static"
     grids = [] if not static else [grid_of(alive, group, importance)]
-    columns, order = w.shape[1], found.order
+    columns, order, places = w.shape[1], found.order, found.order.tolist()
+    diagonal = found.upper.diagonal().tolist()
     factored = found.upper.to(precision)
     slope = None if drift is None else _slope(drift[order][:, order], found.upper).to(precision)
     rest = alive[:, order].T.contiguous()  # [in, out]: a column of the weight lies in one piece
@@ -148,29 +172,28 @@ def gptq(
     for start in range(0, columns, blocksize):
         stop = min(start + blocksize, columns)
         block, local = rest[start:stop], factored[start:stop, start:stop]
-        errors, values = torch.empty_like(block), torch.empty_like(block)
+        errors = torch.empty_like(block)
         for i in range(stop - start):
             column = start + i
             if not static and column % size == 0:
                 later = rest[stop:] - factored[start:column, stop:].T @ errors[:i]
                 if slope is not None:
-                    later += slope[start:column, stop:].T @ values[:i]
+                    later += slope[start:column, stop:].T @ block[:i]
                 now = torch.cat([block[i:], later])[:size].T
                 grids.append(grid_of(now, -1, importance[column : column + size]))
                 scales, zeros = _spread(grids[-1], precision)
             assert scales is not None
-            place = int(order[column]) // size if static else 0
-            values[i] = block[i]
-            value = values[i]
+            place = places[column] // size if static else 0
+            value = block[i]
             q = _nearest(value, scales[place], None if zeros is None else zeros[place], bits, dtype)
             rounded[column] = q
-            errors[i] = (value - q) / local[i, i]
-            block[i:].addr_(local[i, i:], errors[i], alpha=-1)
+            torch.sub(value, q, out=errors[i]).div_(diagonal[column])
+            block[i + 1 :].addr_(local[i, i + 1 :], errors[i], alpha=-1)
             if slope is not None:
-                block[i + 1 :].addr_(slope[column, column + 1 : stop], values[i])
+                block[i + 1 :].addr_(slope[column, column + 1 : stop], value)
         rest[stop:].addmm_(factored[start:stop, stop:].T, errors, alpha=-1)
         if slope is not None:
-            rest[stop:].addmm_(slope[start:stop, stop:].T, values)
+            rest[stop:].addmm_(slope[start:stop, stop:].T, block)
     back = torch.empty_like(alive)
     back[:, order] = rounded.T
     if static:
@@ -179,8 +202,8 @@ def gptq(
         zero = None if symmetric else torch.cat([g.zero for g in grids if g.zero is not None], 1)
         grid = Grid(bits, group, symmetric, torch.cat([g.scale for g in grids], 1), zero)
     if refine:
-        back, grid = descend(alive, back, grid, h, found.damping, refine, drift, blocksize)
-    return Solved(back.float(), grid, *layer_error(original, back, h), retries, dead)
+        back, grid = descend(alive, back, grid, h, found.damping, refine, drift)
+    return Solved(back.float(), grid, *row_errors(original, back, h), retries, dead)
 
 
 def _nearest(
@@ -229,10 +252,13 @@ def inverse_factor(h: torch.Tensor, damp: float) -> tuple[torch.Tensor | None, i
     return None, MOST_RETRIES
 
 
+def row_errors(w: torch.Tensor, q: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[out] float64: the diagonals of ``(W - Q) H (W - Q)^T`` and of ``W H W^T``. Computed in the precision of `h`."""
+    off, w = (w - q).to(h.dtype), w.to(h.dtype)
+    return tuple((part @ h).mul_(part).sum(1, dtype=torch.float64) for part in (off, w))  # type: ignore[return-value]
+
+
 def layer_error(w: torch.Tensor, q: torch.Tensor, h: torch.Tensor) -> tuple[float, float]:
     """``tr((W - Q) H (W - Q)^T)``, and its share of ``tr(W H W^T)``."""
-    wide = h.double()
-    difference = (w - q).double()
-    error = float(((difference @ wide) * difference).sum())
-    whole = float(((w.double() @ wide) * w.double()).sum())
+    error, whole = (float(rows.sum()) for rows in row_errors(w, q, h))
     return error, error / whole if whole > 0 else 0.0

@@ -98,9 +98,11 @@ class GPTQ(Pass):
 
     def rounded(self, model: ModelView, ctx: Context, kind: Callable[[LinearRef], tuple[int, int]]) -> Notes:
         """`apply` with bits and group of each linear from `kind`; the record has the groups."""
+        import torch
+
         from ...calib.stats import Hessian
         from ._drift import Drift, Twin
-        from ._gptq import Factor, factor_of, gptq
+        from ._gptq import factor_of, gptq
 
         twin = Twin(model, ctx, self.where) if self.asymmetric else None
         walk = ctx.walk(self.where, name="gptq")
@@ -117,39 +119,40 @@ class GPTQ(Pass):
                         stats |= unit.observe(pair, same, self.token_weights)
                 else:
                     stats = unit.observe(Hessian, stage, self.token_weights)
-                factors: dict[int, Factor] = {}  # linears with the same input share its Hessian and the factor of it
-                for ref, stat in stats.items():
-                    h = square(stat.matrix, ref.module.in_features)
-                    check_inputs(ref, h)
-                    if id(stat) not in factors:
-                        factors[id(stat)] = factor_of(h, self.damp, self.act_order)
+                for same in _by_input(stage):  # they share the Hessian and its factor
+                    stat = stats[same[0]]
+                    h = square(stat.matrix, same[0].module.in_features)
+                    check_inputs(same[0], h)
+                    factor = factor_of(h, self.damp, self.act_order)
                     cross = stat.cross if isinstance(stat, Drift) else None
-                    bits, group = kind(ref)
-                    solved = gptq(
-                        ref.module.weight,
-                        h,
-                        bits=bits,
-                        group=group,
-                        symmetric=self.symmetric or bits == 8,
-                        dtype=model.storage_dtype,
-                        act_order=self.act_order,
-                        blocksize=self.blocksize,
-                        scale_search=self.scale_search,
-                        refine=self.refine,
-                        factor=factors[id(stat)],
-                        drift=None if cross is None or not cross.numel() else self.asymmetric * cross,
-                    )
-                    place(model, ref, solved.weight, solved.grid)
-                    linears[ref.path] = {
-                        "error": solved.error,
-                        "relative": solved.relative,
-                        "retries": solved.retries,
-                        "dead": solved.dead,
-                        "fallback": solved.fallback,
-                        "tokens": stat.tokens,
-                        "group": solved.grid.group,
-                        "unpaired": twin is not None and cross is None,
-                    }
+                    for (bits, group), alike in _by_kind(same, kind).items():  # one run over the columns
+                        whole = gptq(
+                            torch.cat([ref.module.weight for ref in alike]),
+                            h,
+                            bits=bits,
+                            group=group,
+                            symmetric=self.symmetric or bits == 8,
+                            dtype=model.storage_dtype,
+                            act_order=self.act_order,
+                            blocksize=self.blocksize,
+                            scale_search=self.scale_search,
+                            refine=self.refine,
+                            factor=factor,
+                            drift=None if cross is None or not cross.numel() else self.asymmetric * cross,
+                        )
+                        heights = [len(ref.module.weight) for ref in alike]
+                        for ref, solved in zip(alike, whole.split(heights), strict=True):
+                            place(model, ref, solved.weight, solved.grid)
+                            linears[ref.path] = {
+                                "error": solved.error,
+                                "relative": solved.relative,
+                                "retries": solved.retries,
+                                "dead": solved.dead,
+                                "fallback": solved.fallback,
+                                "tokens": stat.tokens,
+                                "group": solved.grid.group,
+                                "unpaired": twin is not None and cross is None,
+                            }
             unit.notes["linears"] = linears
         rows = {path: row for notes in walk.notes.values() for path, row in notes["linears"].items()}
         groups = {path: row["group"] for path, row in rows.items()}
@@ -173,6 +176,16 @@ def _by_input(refs: Iterable[LinearRef]) -> list[list[LinearRef]]:
     for ref in refs:
         together.setdefault(ref.stage, []).append(ref)
     return list(together.values())
+
+
+def _by_kind(
+    refs: Iterable[LinearRef], kind: Callable[[LinearRef], tuple[int, int]]
+) -> dict[tuple[int, int], list[LinearRef]]:
+    """The linears that get the same bits and group, together."""
+    together: dict[tuple[int, int], list[LinearRef]] = {}
+    for ref in refs:
+        together.setdefault(kind(ref), []).append(ref)
+    return together
 
 
 def square(matrix: torch.Tensor, width: int) -> torch.Tensor:

@@ -374,3 +374,23 @@ class _Stops:
             if number == self.stop:
                 raise KeyboardInterrupt
             yield unit
+
+
+# ------------------------------------------------------------------------------------------------ what is known already
+
+
+@pytest.mark.parametrize("family", ["llava", "smolvlm", "qwen2.5-vl"])
+def test_what_a_walk_has_finished_is_not_computed_again(family: str) -> None:
+    view, data = view_of(zoo.model(family)), batches(family)
+    wanted, ran = measure(view, data, piece=1), []
+    first = next(unit for unit in view.units if unit.part == "vision" and unit.stack is not None)
+    with first.module.register_forward_hook(lambda *_: ran.append(1)):
+        walk = Walk(view, data, "language")
+        next(iter(walk))
+        assert ran, "the walk itself looks at the images"
+        ran.clear()
+        found = measure(view, data, piece=1, finished=walk._finished)
+        assert not ran
+    assert found.samples == wanted.samples
+    for kind, ratios in wanted.ratios.items():
+        assert found.ratios[kind] == pytest.approx(ratios, rel=1e-4)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -343,3 +345,17 @@ def test_a_unit_that_is_called_twice_in_a_forward() -> None:
         assert len(list(unit.inputs())) == (4 if unit.part in ("vision", "connector") else 2)
         assert same(replayed(walk), wanted), unit.name
     assert same(replayed(walk), wanted)
+
+
+def test_every_second_of_a_walk_belongs_to_one_kind_of_work(tmp_path: Path) -> None:
+    view = view_of(zoo.model("llava"))
+    seconds: dict[str, float] = {}
+    began = time.perf_counter()
+    walk = Walk(view, [zoo.batch("llava", samples=2)], "language", scratch=tmp_path, seconds=seconds)
+    for unit in walk:
+        unit.observe(Hessian, token_weights="gradient")
+        time.sleep(0.05)
+    spent = time.perf_counter() - began
+    assert set(seconds) == {"forward", "statistics", "balance", "solve", "write"}
+    assert min(seconds.values()) > 0 and seconds["solve"] >= 0.15 and sum(seconds.values()) <= spent
+    assert sum(seconds.values()) > 0.5 * spent

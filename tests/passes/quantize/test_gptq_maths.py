@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from svlm.compress.runtime.grid import Grid, dequantize, on_grid, quantize
-from svlm.passes.quantize._descent import _integers, _refit, _sweep, descend
+from svlm.passes.quantize._descent import Descent, descend
 from svlm.passes.quantize._gptq import factor_of, gptq, inverse_factor, layer_error
 from svlm.passes.quantize._rtn import absmax_grid, searched_grid
 from tests.oracles import descent as slow
@@ -124,12 +124,17 @@ def test_a_round_of_refinement_equals_trying_everything(symmetric, drifting):
     pull = w @ d
     zero = torch.zeros_like(grid.scale) if grid.zero is None else grid.zero.double()
     ints = (quantize(w, grid).double().reshape(3, 3, 8) - zero[..., None]).reshape(3, 24)
-    assert torch.equal(_integers(start, grid), ints)
-    refitted = _refit(w, ints, grid, h, pull)
-    torch.testing.assert_close(refitted.scale, slow.scales(w, ints, 3, h, d), rtol=1e-4, atol=1e-6)
-    for blocksize in (5, 24):
-        swept = _sweep(w, ints, refitted, h, pull, blocksize)
+    for panel in (5, 24):
+        state = Descent(w, start, grid, h, pull if drifting else None)
+        assert torch.equal(state.ints.T, ints)
+        state.refit()
+        refitted = state.grid
+        torch.testing.assert_close(refitted.scale, slow.scales(w, ints, 3, h, d), rtol=1e-4, atol=1e-6)
+        state.sweep(panel)
+        swept = state.ints.T
         assert torch.equal(swept, slow.sweep(w, ints, refitted.scale, zero, 3, h, d))
+        torch.testing.assert_close(state.values.T, swept * wide(refitted))
+        torch.testing.assert_close(state.residual.T, (w - state.values.T) @ h + pull)
     errors = [slow.error(w, v, h, d) for v in (start, ints * wide(refitted), swept * wide(refitted))]
     assert (
         (errors[1] <= errors[0] + 1e-9).all() and (errors[2] <= errors[1] + 1e-9).all() and errors[2][0] < errors[0][0]

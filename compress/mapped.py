@@ -1,0 +1,131 @@
+"""Weights in a file that the system reads in piece by piece: a model needs the memory of a few blocks.
+
+The tensors are ordinary ones, float32 like any other, only that their memory is a mapping of a temporary file. Every
+piece of code works on them as ever and computes the same bits; what is changed is changed in the file. Each module
+lets go of its pages after its forward, and so does whoever goes through all weights (`release`); what is needed again
+comes from the system's file cache, or from the disk where memory is short. The file is in the temporary folder
+(TMPDIR), has no name, and is gone with the model or the process. A folder in memory (tmpfs) would save nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import sys
+import tempfile
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+PAGE = mmap.ALLOCATIONGRANULARITY
+SHARE = 0.25  # of the free memory: a model that takes more in float32 is mapped
+
+_PLACES: dict[int, tuple[weakref.ref[mmap.mmap], int, int]] = {}  # address -> mapping, its offset there, bytes
+
+
+def worth_mapping(parameters: int) -> bool:
+    """Whether so many parameters in float32 are more than a quarter of the memory that is free."""
+    import psutil
+
+    return 4 * parameters > SHARE * psutil.virtual_memory().available
+
+
+def map_weights(model: nn.Module) -> None:
+    """Move all parameters of `model` into a file of its own; their values stay."""
+    parameters = list(model.parameters())
+    for parameter, home in zip(parameters, _homes(parameters), strict=True):
+        home.copy_(parameter.data)
+        parameter.data = home
+        release(home)
+    _let_go_after_use(model)
+
+
+def read_mapped(model: nn.Module, files: list[Path], dtype: torch.dtype) -> bool:
+    """Fill a model that is on ``meta`` from safetensors files, tensor by tensor; False where the names differ.
+
+    Args:
+        model: built with its parameters on ``meta``. dtype: of the parameters in memory.
+    """
+    from safetensors import safe_open
+
+    where: dict[str, Path] = {}
+    for path in files:
+        with safe_open(str(path), "pt") as file:
+            where |= dict.fromkeys(file.keys(), path)
+    model.tie_weights()  # type: ignore[operator]
+    wanted = dict(model.named_parameters())  # of tied ones the first
+    names = set(dict(model.named_parameters(remove_duplicate=False)))
+    if set(model.state_dict()) != names or not set(wanted) <= set(where) <= names:
+        return False
+    shapes = [torch.empty(p.shape, dtype=dtype, device="meta") for p in wanted.values()]
+    for name, home in zip(wanted, _homes(shapes), strict=True):
+        with safe_open(str(where[name]), "pt") as file:  # opened anew: its pages are let go of
+            saved = file.get_tensor(name)
+            if saved.shape != home.shape:
+                return False
+            home.copy_(saved)
+        owner, _, key = name.rpartition(".")
+        module = model.get_submodule(owner)
+        vars(module)["_parameters"][key] = nn.Parameter(home, requires_grad=wanted[name].requires_grad)
+        release(home)
+    model.tie_weights()  # type: ignore[operator]
+    _let_go_after_use(model)
+    return not any(p.is_meta for p in model.parameters())
+
+
+def release(tensor: torch.Tensor) -> None:
+    """Let go of the memory of a mapped tensor until it is read again; nothing for any other."""
+    mapped = tensor.device.type == "cpu" and sys.platform == "linux"  # elsewhere the system alone decides
+    place = _PLACES.get(tensor.data_ptr()) if mapped else None
+    if place is not None and (file := place[0]()) is not None:
+        file.madvise(mmap.MADV_DONTNEED, place[1], place[2])
+
+
+@contextmanager
+def on_meta() -> Iterator[None]:
+    """Parameters that are made inside take no memory; buffers do."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        yield
+
+
+def _homes(tensors: list[Any]) -> list[torch.Tensor]:
+    """Tensors of these shapes and dtypes in one new file, each from the beginning of a page."""
+    sizes = [math.ceil(max(t.numel() * t.element_size(), 1) / PAGE) * PAGE for t in tensors]
+    with tempfile.TemporaryFile() as file:
+        file.truncate(max(sum(sizes), PAGE))
+        mapping = mmap.mmap(file.fileno(), 0)
+    homes, offset = [], 0
+    for tensor, size in zip(tensors, sizes, strict=True):
+        home = torch.empty(0, dtype=tensor.dtype)
+        if tensor.numel():
+            home = torch.frombuffer(mapping, dtype=tensor.dtype, count=tensor.numel(), offset=offset)
+            _PLACES[home.data_ptr()] = (weakref.ref(mapping), offset, size)
+        homes.append(home.reshape(tensor.shape))
+        offset += size
+    addresses = [home.data_ptr() for home in homes]
+    weakref.finalize(mapping, _forget, addresses)
+    return homes
+
+
+def _forget(addresses: list[int]) -> None:
+    for address in addresses:
+        _PLACES.pop(address, None)
+
+
+def _let_go_after_use(model: nn.Module) -> None:
+    for module in model.modules():
+        if module._parameters:
+            module.register_forward_hook(_released)
+
+
+def _released(module: nn.Module, *_: Mapping[str, Any]) -> None:
+    for parameter in module._parameters.values():
+        if parameter is not None:
+            release(parameter)
