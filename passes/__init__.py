@@ -23,6 +23,7 @@ MENU = {
     "quantize.awq": "quantize.awq:AWQ",
     "quantize.round": "quantize.round:Round",
     "quantize.hqq": "quantize.hqq:HQQ",
+    "quantize.kv_cache": "quantize.kv_cache:KVCache",
 }
 
 

@@ -27,6 +27,7 @@ SMALL = {  # settings that suit models with widths of 16 to 64
     "quantize.awq": {"bits": 4, "group": -1, "where": ["language"], "steps": 3},
     "quantize.round": {"bits": 4, "group": -1, "where": ["language"], "steps": 2, "batch_size": 1},
     "quantize.hqq": {"bits": 4, "group": -1, "where": ["language"]},
+    "quantize.kv_cache": {"group": 4, "residual": 4},
 }
 
 
@@ -109,6 +110,7 @@ CROSS = (
     "donut",
 )  # where reducing visual tokens is refused, with a reason
 UNMET: dict[str, tuple[str, ...]] = {f"tokens.{name}": CROSS for name in ("dpp", "random", "grid")}
+UNMET["quantize.kv_cache"] = ("trocr",)  # generates without a cache
 
 
 def count_hooks(model) -> int:

@@ -16,6 +16,7 @@ from ...anatomy import ModelView
 from ...disk import read_json, whole_folder
 from ...errors import UsageError
 from ...storage import fingerprint
+from ..kv_cache import installed as kv_form
 from .constants import Counts
 from .convert import EMBEDDING, HEAD, LANGUAGE, Image, Rows, Seen, convert_decoder, convert_part, fix_shapes, observe
 from .model import Graph, LanguageState, OpenVINOModel, mask_kinds
@@ -86,6 +87,7 @@ def load_openvino(
         "bytes": sum(p.stat().st_size for p in folder.iterdir()) if folder is not None else None,
         "constants": {name: asdict(count) for name, count in counts.items()},
         "settings": settings,
+        "kv_cache_left_out": kv_form(view.model) is not None,  # the graphs have a cache of their own
     }
     return OpenVINOModel(view, graphs, LanguageState(graphs[LANGUAGE], view.decoder, kinds, lead), seen.calls, notes)
 
