@@ -20,9 +20,10 @@ class KVCache(Pass):
 
     No weight changes. A prompt attends to exact states of its own tokens; old tokens are packed once, in groups, and
     dequantized for attention. The judge's answers are generated with this cache, so exact match measures it; the KL is
-    teacher-forced, runs without a cache and does not see it: gate this pass by exact match. Layers with a sliding window
-    keep their cache, which does not grow. Of encoder-decoder models the cross-attention's cache is packed too, whole, as
-    soon as it is made. Stock loaders of the saved model keep an exact cache, and so does the openvino runtime.
+    teacher-forced, runs without a cache and does not see it: gate this pass by exact match. The first token of every
+    answer comes from the exact prompt, so data with one-word answers hardly sees it either. Layers with a sliding
+    window keep their cache, which does not grow. Of encoder-decoder models the cross-attention's cache is packed too,
+    whole, as soon as it is made. Stock loaders of the saved model keep an exact cache; so does the openvino runtime.
 
     Settings:
         bits: of each code, 8, 4 or 2; a scale and a minimum in the model's dtype come to them (in 16 bits and groups of
