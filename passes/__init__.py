@@ -26,6 +26,7 @@ MENU = {
     "quantize.smooth": "quantize.smooth:Smooth",
     "quantize.static": "quantize.static:Static",
     "quantize.mixed": "quantize.mixed:Mixed",
+    "quantize.kv_cache": "quantize.kv_cache:KVCache",
 }
 
 

@@ -13,6 +13,7 @@ from ..anatomy import ModelView
 from ..base import Json
 from ..errors import OutputError, UsageError
 from ..families import Family
+from ..runtime.kv_cache import installed as kv_form
 from ..runtime.reduce import installed
 from . import awq, bnb, gptq
 from .compressed_tensors import stock_obstacle
@@ -56,6 +57,10 @@ def export_model(
         if reduction is not None:
             facts["notes"].append(
                 f"{reduction.label['pass']} is carried out by svlm.load alone: other loaders see all visual tokens"
+            )
+        if kv_form(view.model) is not None:
+            facts["notes"].append(
+                "quantize.kv_cache is carried out by svlm.load alone: other loaders keep an exact cache"
             )
         facts["bytes"] = storage.weight_bytes(temporary)
         (temporary / NOTE_FILE).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")

@@ -31,6 +31,7 @@ SMALL = {  # settings that suit models with widths of 16 to 64
     "quantize.smooth": {"alpha": 0.5, "where": ["language"]},
     "quantize.static": {"alpha": "none", "where": ["vision"]},
     "quantize.mixed": {"bits": 3.5, "group": -1, "where": ["language", "embeddings"], "refine": 0},
+    "quantize.kv_cache": {"group": 4, "residual": 4},
 }
 
 
@@ -113,6 +114,7 @@ CROSS = (
     "donut",
 )  # where reducing visual tokens is refused, with a reason
 UNMET: dict[str, tuple[str, ...]] = {f"tokens.{name}": CROSS for name in ("dpp", "random", "grid")}
+UNMET["quantize.kv_cache"] = ("trocr",)  # generates without a cache
 
 
 def count_hooks(model) -> int:

@@ -17,6 +17,7 @@ from ...disk import read_json, whole_folder
 from ...errors import UsageError
 from ...storage import fingerprint
 from ..activations import remove
+from ..kv_cache import installed as kv_form
 from .constants import Counts
 from .convert import EMBEDDING, HEAD, LANGUAGE, Image, Rows, Seen, convert_decoder, convert_part, fix_shapes, observe
 from .model import Graph, LanguageState, OpenVINOModel, mask_kinds
@@ -89,6 +90,7 @@ def load_openvino(
         "constants": {name: asdict(count) for name, count in counts.items()},
         "settings": settings,
         "integer_kernels": exact,
+        "kv_cache_left_out": kv_form(view.model) is not None,  # the graphs have a cache of their own
     }
     return OpenVINOModel(view, graphs, LanguageState(graphs[LANGUAGE], view.decoder, kinds, lead), seen.calls, notes)
 
