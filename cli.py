@@ -331,23 +331,37 @@ def ask(out: str, image: Path, question: str, max_new_tokens: int, trust_remote_
 
 @cli.command()
 @click.argument("out")
-@click.option("--against", required=True, metavar="MODEL", help="The original, timed in eager transformers.")
+@click.option("--against", metavar="MODEL", help="The original, timed in eager transformers.")
+@click.option("--kernels", is_flag=True, help="What the torch runtime measured for the linears of OUT, and chose.")
 @click.option("--runtime", type=click.Choice(["torch", "openvino"]), default="torch", show_default=True)
 @click.option("--threads", type=click.IntRange(1), help="CPU threads.")
 @printing
-def bench(out: str, against: str, runtime: str, threads: int | None, as_json: bool) -> None:
+def bench(
+    out: str, against: str | None, kernels: bool, runtime: str, threads: int | None, as_json: bool
+) -> None:  # fmt: skip
     """Time OUT against the original, interleaved: vision, prefill, each token, a whole answer; memory and bytes.
 
     \b
     Examples:
       svlm bench runs/demo --against demo
       svlm bench runs/int4 --against ./my-vlm --runtime openvino --threads 2
+      svlm bench runs/int4 --kernels
     """
+    if kernels == bool(against):
+        raise click.UsageError("give --against MODEL, or --kernels alone")
     from .passes.bench import bench as measure
-    from .passes.bench import lines
+    from .passes.bench import kernel_table, lines
 
-    made = measure(out, against, runtime=runtime, threads=threads)
-    _print_json(made) if as_json else click.echo("\n".join(lines(made)))
+    if against:
+        made = measure(out, against, runtime=runtime, threads=threads)
+        _print_json(made) if as_json else click.echo("\n".join(lines(made)))
+        return
+    if runtime != "torch":
+        raise click.UsageError("--kernels is about the torch runtime")
+    from .compress.report.tables import print_kernels
+
+    facts = kernel_table(out, threads=threads)
+    _print_json(facts) if as_json else print_kernels(facts)
 
 
 def _recipe(source: str, assignments: tuple[str, ...], gate: str | None) -> Recipe:

@@ -1,17 +1,22 @@
 """Original in bf16 eager transformers against W4 (quantize.rtn, 4 bits in groups of 64), in torch and in OpenVINO.
 
-    python benchmarks/runtime.py [--threads 1] [--rounds 3] [--only demo]
+    python benchmarks/runtime.py [--threads 1] [--rounds 3] [--only demo] [--resume]
 
 writes benchmarks/results/runtime.json: the demo model, and random weights at SmolVLM-256M's dimensions with four tiles
-(whose head is quantized, too). CPU time is compared, one process, interleaved.
+(whose head is quantized, too). CPU time is compared, one process, interleaved. Every round is written as it ends, so
+that --resume goes on with the next one. Of a processor without bfloat16 the original's vision tower takes most of the
+time, a minute and more a round.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import tempfile
+import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +24,12 @@ import torch
 
 import svlm
 from svlm.compress.base import Context
+from svlm.compress.disk import write_json
+from svlm.compress.runtime.kernels.use import rows as rows_of
+from svlm.compress.runtime.kernels.use import says, use_kernels
 from svlm.compress.runtime.openvino.build import load_openvino
 from svlm.passes.api import environment
-from svlm.passes.bench import Contestant, interleaved
+from svlm.passes.bench import Contestant, medians, one_round
 
 KEPT = Path(__file__).parent / "results" / "runtime.json"
 TOKENS, TILES, IMAGE_TOKEN = 32, 4, 49190
@@ -51,12 +59,12 @@ def smolvlm() -> Any:
     return view
 
 
-def prompt() -> dict[str, torch.Tensor]:
-    """Four tiles of 64 visual tokens and 32 of text."""
+def prompt(tiles: int = TILES) -> dict[str, torch.Tensor]:
+    """Tiles of 64 visual tokens each, and 32 tokens of text."""
     g = torch.Generator().manual_seed(0)
     words = torch.randint(3, 40000, (1, 32), generator=g)
-    ids = torch.cat([words[:, :4], torch.full((1, 64 * TILES), IMAGE_TOKEN), words[:, 4:]], 1)
-    pixels = torch.randn(1, TILES, 3, 512, 512, generator=g)
+    ids = torch.cat([words[:, :4], torch.full((1, 64 * tiles), IMAGE_TOKEN), words[:, 4:]], 1)
+    pixels = torch.randn(1, tiles, 3, 512, 512, generator=g)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
 
 
@@ -65,34 +73,79 @@ def narrow(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def race(
-    name: str, make: Any, batch: dict[str, torch.Tensor], where: tuple[str, ...], threads: int, rounds: int
-) -> Any:
+    name: str, make: Any, batch: dict[str, torch.Tensor], warm: dict[str, torch.Tensor], where: tuple[str, ...],
+    asked: argparse.Namespace, made: dict[str, Any],
+) -> None:  # fmt: skip
+    """Add to `made` what is missing of its rounds."""
+    kept = made.setdefault(name, {})
+    rounds = kept.setdefault("rounds", [])
+    if len(rounds) >= asked.rounds:
+        return
+
     def compressed() -> Any:
         view = make()
         ctx = Context([], lambda *a, **k: None, nullcontext)
         svlm.apply_pass(svlm.find("quantize.rtn")(bits=4, group=64, where=where), view, ctx)
         return view
 
+    told = Told(name)
+    original, small = make(), compressed()
     with tempfile.TemporaryDirectory() as folder:
-        size = {"original": svlm.save(make(), Path(folder) / "a"), "w4": svlm.save(compressed(), Path(folder) / "b")}
-        fast = load_openvino(compressed(), batch, Path(folder) / "ir", threads=threads)
+        size = {"original": svlm.save(original, Path(folder) / "a"), "w4": svlm.save(small, Path(folder) / "b")}
+        told("saved")
+        fast = load_openvino(small, batch, Path(folder) / "ir", threads=asked.threads)
         size["openvino"] = fast.notes["bytes"]
-    original, torch_view = make(), compressed()
-    for view in (original, torch_view):
-        view.model.bfloat16()
+    told("converted for openvino")
+    original.model.bfloat16()
+    del small
+    gc.collect()
+    torch_view = compressed()
+    facts = use_kernels(torch_view)
+    told("kernels measured")
+    print("\n".join(says(facts)), flush=True)
     runners = [
         Contestant("original", original, original.model.generate, narrow(batch)),
-        Contestant("torch", torch_view, torch_view.model.generate, narrow(batch)),
+        Contestant("torch", torch_view, torch_view.model.generate, batch),
         Contestant("openvino", fast.view, fast.generate, batch),
     ]
-    timed = interleaved(runners, TOKENS, rounds)
+    for c in runners:
+        one_round(replace(c, inputs=narrow(warm) if c.name == "original" else warm), 2)
+        told(f"{c.name} is warm")
+    while len(rounds) < asked.rounds:
+        row = {}
+        for c in runners:
+            row[c.name] = one_round(c, TOKENS)
+            told(f"round {len(rounds) + 1} {c.name}: {row[c.name]['end_to_end'][1] / 1000:.1f} s of CPU")
+        rounds.append(row)
+        titles, cells = rows_of(facts)
+        kept.update(bytes=size, kernels={"titles": titles, "rows": cells, "says": says(facts)})
+        kept.update(summary(rounds))
+        write(made)
+    print(name, json.dumps(kept["times_faster"]), size, flush=True)
+
+
+class Told:
+    """Says how far a race is, with the seconds since its start."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.start = name, time.monotonic()
+
+    def __call__(self, what: str) -> None:
+        print(f"{self.name} {time.monotonic() - self.start:5.0f} s: {what}", flush=True)
+
+
+def summary(rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    timed = {name: medians([row[name] for row in rounds]) for name in rounds[0]}
     faster = {
         runtime: {p: round(timed["original"]["cpu_ms"][p] / ms, 3) for p, ms in timed[runtime]["cpu_ms"].items() if ms}
-        for runtime in ("torch", "openvino")
+        for runtime in timed
+        if runtime != "original"
     }
-    made = {"bytes": size, "times_faster": faster, "timed": timed}
-    print(name, json.dumps(faster), size, flush=True)
-    return made
+    return {"times_faster": faster, "timed": timed}
+
+
+def write(made: dict[str, Any]) -> None:
+    write_json(KEPT, made | {"environment": environment()})
 
 
 def main() -> None:
@@ -100,20 +153,22 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", choices=["demo", "smolvlm-256m"])
+    parser.add_argument("--resume", action="store_true", help="keep the rounds that are there, make the others")
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     made: dict[str, Any] = json.loads(KEPT.read_text()) if KEPT.is_file() else {}
     if asked.only != "smolvlm-256m":
         from svlm.calib.ask import example_prompt
 
+        if not asked.resume:
+            made.pop("demo", None)
         batch = example_prompt(svlm.load_view("demo"))
-        parts = ("vision", "connector", "language")
-        made["demo"] = race("demo", lambda: svlm.load_view("demo"), batch, parts, asked.threads, asked.rounds)
+        race("demo", lambda: svlm.load_view("demo"), batch, batch, ("vision", "connector", "language"), asked, made)
     if asked.only != "demo":
+        if not asked.resume:
+            made.pop("smolvlm-256m", None)
         parts = ("vision", "connector", "language", "head")
-        made["smolvlm-256m"] = race("smolvlm-256m", smolvlm, prompt(), parts, asked.threads, asked.rounds)
-    made["environment"] = environment()
-    KEPT.write_text(json.dumps(made, indent=1) + "\n")
+        race("smolvlm-256m", smolvlm, prompt(), prompt(1), parts, asked, made)
 
 
 if __name__ == "__main__":

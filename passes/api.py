@@ -26,6 +26,7 @@ from ..compress.recipe import Recipe
 from ..compress.recipe import read_recipe as _read_recipe
 from ..compress.report import gallery_rows, write
 from ..compress.report import read as read_report
+from ..compress.runtime.kernels.measure import cpu_name
 from ..compress.stages import RunFolder
 from ..recipes import SHIPPED
 from . import find
@@ -51,34 +52,60 @@ def load_view(
 def load(
     spec: str | Path,
     *,
-    runtime: str = "torch",
+    runtime: str | None = None,
+    memory: str = "fast",
+    device: str = "cpu",
     threads: int | None = None,
     example: Mapping[str, torch.Tensor] | None = None,
     **options: Any,
 ) -> Any:
     """The model itself, rebuilt and ready to `generate`; its processor is `AutoProcessor.from_pretrained(spec)`.
 
+    Without `runtime` it is the model that was measured and saved: ordinary modules with dequantized weights, in float32
+    unless `dtype` says otherwise, to be trained, changed or saved again. With one it only runs:
+
     Args:
-        runtime: ``torch``, or ``openvino``: all of it in OpenVINO on the CPU, greedy (extra ``[openvino]``). Its graphs
-            are kept under ``spec/.svlm/openvino`` where `spec` is a folder that svlm saved, else nowhere.
-        threads: of openvino; torch's number where not given. example: an encoded prompt with a picture, where the
-            model has no processor to make one.
+        runtime: ``torch``: each linear in the fastest form that this machine has for few and for many tokens, measured
+            the first time. ``openvino``: all of it in OpenVINO on the CPU, greedy (extra ``[openvino]``). What they
+            make is kept under ``spec/.svlm`` where `spec` is a folder that svlm saved, else nowhere.
+        memory: of the torch runtime. ``fast``; ``small`` keeps weights in few bits even where that takes longer.
+        device: of torch. threads: of openvino; torch's number where not given. example: for openvino, an encoded
+            prompt with a picture, where the model has no processor to make one.
         options: of `load_view`.
 
     Raises:
         UsageError: no such runtime, openvino is not installed, or the model's family cannot run there.
     """
-    if runtime not in RUNTIMES:
+    if runtime is not None and runtime not in RUNTIMES:
         raise UsageError(f"no runtime '{runtime}'", change=did_you_mean(runtime, RUNTIMES))
-    if runtime == "torch":
-        return load_view(spec, **options).model
+    if runtime != "openvino":
+        view = load_view(spec, **options)
+        view.model.to(device)
+        if runtime == "torch":
+            kernels(view, spec, memory=memory, dtype=options.get("dtype"))
+        return view.model
     from ..calib.ask import example_prompt
     from ..compress.runtime.openvino.build import load_openvino, require_openvino
 
     require_openvino()
     view = load_view(spec, **options)
-    folder = Path(spec) / ".svlm" / "openvino" if (Path(spec) / storage.LEDGER_FILE).is_file() else None
-    return load_openvino(view, example or example_prompt(view), folder, threads=threads)
+    kept = _kept(spec)
+    return load_openvino(view, example or example_prompt(view), kept and kept / "openvino", threads=threads)
+
+
+def kernels(
+    view: ModelView, spec: str | Path, *, memory: str = "fast", dtype: torch.dtype | None = None
+) -> dict[str, Json]:
+    """Let `view`, loaded from `spec`, run in the torch runtime; returns what was chosen (see `use_kernels`)."""
+    from ..compress.runtime.kernels.use import use_kernels
+
+    kept = _kept(spec)
+    return use_kernels(view, kept and kept / "kernels.json", memory=memory, dtype=dtype)
+
+
+def _kept(spec: str | Path) -> Path | None:
+    """Where a runtime keeps what it made of a saved model."""
+    return Path(spec) / ".svlm" if (Path(spec) / storage.LEDGER_FILE).is_file() else None
 
 
 def read_recipe(source: str | Path) -> Recipe:
@@ -258,7 +285,7 @@ def environment() -> dict[str, Json]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
-        "cpu": _cpu(),
+        "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
     }
 
@@ -284,16 +311,6 @@ def _tensor_bytes(batch: Mapping[str, torch.Tensor]) -> bytes:
     return save({k: v.contiguous() for k, v in batch.items()})
 
 
-def _cpu() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
 __all__ = [
     "Options",
     "SvlmError",
@@ -301,6 +318,7 @@ __all__ = [
     "compress_model",
     "environment",
     "export_model",
+    "kernels",
     "load",
     "load_view",
     "read_recipe",

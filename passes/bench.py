@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import statistics
 import subprocess
 import sys
@@ -56,60 +55,93 @@ def bench(
     """
     if threads:
         torch.set_num_threads(threads)
-    small, original = _contestant("out", out, runtime, threads), _contestant("against", against, "torch", threads)
+    small, original = _contestant("out", out, runtime, threads), _contestant("against", against, None, threads)
     timed = interleaved([original, small], tokens, rounds)
     rows = {
         "out": timed["out"] | {"bytes": weight_bytes(out), "peak_rss_bytes": peak_memory(out, runtime, threads)},
         "against": timed["against"]
-        | {"bytes": weight_bytes(against), "peak_rss_bytes": peak_memory(against, "torch", threads)},
+        | {"bytes": weight_bytes(against), "peak_rss_bytes": peak_memory(against, None, threads)},
     }
     return {"runtime": runtime, "threads": torch.get_num_threads(), "tokens": tokens, "rounds": rounds} | compare(rows)
 
 
-def _contestant(name: str, spec: str | Path, runtime: str, threads: int | None) -> Contestant:
-    from .api import load, load_view
+def _contestant(name: str, spec: str | Path, runtime: str | None, threads: int | None) -> Contestant:
+    """A model in a runtime; without one in eager transformers, in the dtype that it is stored in."""
+    from .api import kernels, load, load_view
 
+    if runtime == "openvino":
+        model = load(spec, runtime=runtime, threads=threads)
+        return Contestant(name, model.view, model.generate, example_prompt(model.view))
+    view = load_view(spec)
+    inputs = example_prompt(view)
     if runtime == "torch":
-        view = load_view(spec)
-        inputs = example_prompt(view)
+        kernels(view, spec)
+    else:
         view.model.to(view.storage_dtype)
-        inputs = {k: v.to(view.storage_dtype) if v.is_floating_point() else v for k, v in inputs.items()}
-        return Contestant(name, view, view.model.generate, inputs)
-    model = load(spec, runtime=runtime, threads=threads)
-    return Contestant(name, model.view, model.generate, example_prompt(model.view))
+    dtype = view.model.dtype
+    inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+    return Contestant(name, view, view.model.generate, inputs)
+
+
+def kernel_table(out: str | Path, *, threads: int | None = None, memory: str = "fast") -> dict[str, Json]:
+    """What the torch runtime found on this machine for the linears of `out` (see `use_kernels`), and sentences."""
+    from ..compress.runtime.kernels.use import says
+    from .api import kernels, load_view
+
+    if threads:
+        torch.set_num_threads(threads)
+    facts = kernels(load_view(out), out, memory=memory)
+    return facts | {"says": says(facts)}
 
 
 def interleaved(contestants: list[Contestant], tokens: int, rounds: int) -> dict[str, dict[str, Json]]:
     """Medians in milliseconds, wall and CPU, of every phase: {name: {"ms": {...}, "cpu_ms": {...}}}."""
     kept: dict[str, list[dict[str, tuple[float, float]]]] = {c.name: [] for c in contestants}
     with torch.no_grad():
-        calls = {c.name: _tower_calls(c) for c in contestants}
         for number in range(rounds + 1):
             for c in contestants:
-                row = _round(c, calls[c.name], tokens)
+                row = one_round(c, tokens if number else 2)
                 if number:  # the first warms up
                     kept[c.name].append(row)
+    return {name: medians(rows) for name, rows in kept.items()}
+
+
+def medians(rows: list[dict[str, tuple[float, float]]]) -> dict[str, dict[str, float]]:
+    """Over rounds: {"ms": {phase: wall}, "cpu_ms": {phase: CPU}}."""
     return {
-        name: {
-            clock: {phase: statistics.median(row[phase][i] for row in rows) for phase in PHASES}
-            for i, clock in enumerate(("ms", "cpu_ms"))
-        }
-        for name, rows in kept.items()
+        clock: {phase: statistics.median(row[phase][i] for row in rows) for phase in PHASES}
+        for i, clock in enumerate(("ms", "cpu_ms"))
     }
 
 
-def _round(c: Contestant, calls: list[tuple[tuple, dict]], tokens: int) -> dict[str, tuple[float, float]]:
-    vision = _timed(lambda: [c.view.tower(*args, **kwargs) for args, kwargs in calls])
-    options = {"do_sample": False, "eos_token_id": -1, "pad_token_id": 0}  # an answer that never ends early
-    first = _timed(lambda: c.generate(**c.inputs, max_new_tokens=1, **options))
-    whole = _timed(lambda: c.generate(**c.inputs, max_new_tokens=tokens, **options))
-    return phases(vision, first, whole, tokens)
+@torch.no_grad()
+def one_round(c: Contestant, tokens: int) -> dict[str, tuple[float, float]]:
+    """(wall, CPU) milliseconds by phase of one answer of `tokens`: clocks at the tower and after the first logits."""
+    tower: list[tuple[float, float]] = []
+    logits: list[tuple[float, float]] = []
+    head = c.view.model.get_output_embeddings()
+    hooks = [
+        c.view.tower.register_forward_pre_hook(lambda *_: tower.append(_now())),
+        c.view.tower.register_forward_hook(lambda *_: tower.append(_now())),
+        (c.view.decoder if head is None else head).register_forward_hook(lambda *_: logits.append(_now())),
+    ]
+    try:
+        start = _now()
+        # an answer that never ends early
+        c.generate(**c.inputs, max_new_tokens=tokens, do_sample=False, eos_token_id=-1, pad_token_id=0)
+        end = _now()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    spans = [_since(a, b) for a, b in zip(tower[::2], tower[1::2])]
+    vision = (sum(wall for wall, _ in spans), sum(cpu for _, cpu in spans))
+    return phases(vision, _since(start, logits[0]), _since(start, end), tokens)
 
 
 def phases(
     vision: tuple[float, float], first: tuple[float, float], whole: tuple[float, float], tokens: int
 ) -> dict[str, tuple[float, float]]:
-    """(wall, CPU) milliseconds by phase, of the tower alone, an answer of one token, and one of `tokens`."""
+    """(wall, CPU) milliseconds by phase, of the tower, all until the first logits, and a whole answer of `tokens`."""
     pairs = list(zip(vision, first, whole))
     return {
         "vision": vision,
@@ -119,23 +151,12 @@ def phases(
     }
 
 
-def _timed(run: Callable[[], Any]) -> tuple[float, float]:
-    wall, cpu = time.perf_counter(), time.process_time()
-    run()
-    return 1000 * (time.perf_counter() - wall), 1000 * (time.process_time() - cpu)
+def _now() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()
 
 
-def _tower_calls(c: Contestant) -> list[tuple[tuple, dict]]:
-    """What the tower is given for the prompt."""
-    calls: list[tuple[tuple, dict]] = []
-    handle = c.view.tower.register_forward_pre_hook(
-        lambda _, args, kwargs: calls.append((args, copy.copy(kwargs))), with_kwargs=True
-    )
-    try:
-        c.generate(**c.inputs, max_new_tokens=1, do_sample=False)
-    finally:
-        handle.remove()
-    return calls
+def _since(start: tuple[float, float], end: tuple[float, float]) -> tuple[float, float]:
+    return 1000 * (end[0] - start[0]), 1000 * (end[1] - start[1])
 
 
 def compare(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Json]:
@@ -182,7 +203,7 @@ def weight_bytes(spec: str | Path) -> int:
     return storage.weight_bytes(folder) if folder.is_dir() else 0
 
 
-def peak_memory(spec: str | Path, runtime: str, threads: int | None) -> int:
+def peak_memory(spec: str | Path, runtime: str | None, threads: int | None) -> int:
     """Peak resident bytes of a fresh process that loads the model and answers one question.
 
     Raises:
@@ -196,7 +217,7 @@ def peak_memory(spec: str | Path, runtime: str, threads: int | None) -> int:
     return int(done.stdout.split()[-1])
 
 
-def _answer_once(spec: str, runtime: str, threads: int | None) -> None:
+def _answer_once(spec: str, runtime: str | None, threads: int | None) -> None:
     if threads:
         torch.set_num_threads(threads)
     with PeakMemory() as memory:  # the kernel's own maximum would count the process that started this one

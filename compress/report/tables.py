@@ -107,3 +107,13 @@ def print_comparison(result: Mapping[str, Any]) -> None:
     print_table(titles, [cells], right=[True] * len(titles))
     if result["gate"]:
         print(f"gate {'holds' if result['passed'] else 'FAILS'}: {result['says']}")
+
+
+def print_kernels(facts: Mapping[str, Any]) -> None:
+    """What `passes.bench.kernel_table` found."""
+    from ..runtime.kernels.use import rows
+
+    titles, cells = rows(facts)
+    print_table(titles, cells, right=[False, *[True] * (len(titles) - 1)])
+    for sentence in facts["says"]:
+        print(sentence)

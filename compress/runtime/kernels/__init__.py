@@ -1,0 +1,1 @@
+"""Linears in the fastest form that this machine has, chosen by measurement: `svlm.load(OUT, runtime="torch")`."""
