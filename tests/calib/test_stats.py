@@ -85,5 +85,5 @@ def test_modality_weights() -> None:
     assert balanced.sum() == pytest.approx(17) and balanced[m.vision].unique().numel() == 1
     only = masks(".tta")
     assert torch.equal(modality_weights(only, "balanced"), (~only.padding).float())
-    with pytest.raises(ValueError, match="not 'vision'"):
-        modality_weights(m, "vision")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="not 'pictures'"):
+        modality_weights(m, "pictures")  # type: ignore[arg-type]
