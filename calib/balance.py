@@ -247,7 +247,8 @@ def pieces(view: ModelView, batch: Mapping[str, Any], size: int) -> Iterator[dic
     rows = len(batch["labels"])
     tensors = {key: value for key, value in batch.items() if isinstance(value, torch.Tensor)}
     apart = all(value.ndim and len(value) == rows for value in tensors.values())
-    apart = apart and bool(view.token_masks(batch, "prompt").vision.any(1).all())
+    if "input_ids" in batch:  # without a prompt (a vision encoder-decoder) there is one image a sample
+        apart = apart and bool(view.token_masks(batch, "prompt").vision.any(1).all())
     if not apart:
         yield dict(batch)
         return
