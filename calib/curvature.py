@@ -21,7 +21,8 @@ import torch
 
 from ..compress.anatomy import ModelView
 from ..compress.base import evaluating
-from .balance import answer_logits, frozen, pieces
+from .balance import answer_logits, frozen
+from .replay import pieces
 
 TEMPERATURES = (1.0, 2.0, 4.0)
 PROBES = 2  # of each temperature, for every few samples

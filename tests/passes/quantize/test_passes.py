@@ -93,7 +93,7 @@ def test_a_tied_head_is_refused_and_a_free_one_is_rounded_when_named() -> None:
     tied, free = fresh("paligemma"), fresh("llava")
     assert tied.tied_embeddings and not free.tied_embeddings
     with pytest.raises(Unmet, match="shares its weight with the embedding"):
-        apply_pass(RTN(group=8, where=("head",)), tied, context(tied))
+        apply_pass(GPTQ(group=8, where=("head",)), tied, context(tied))
     assert "lm_head" not in run(RTN(group=8))[0].grids
     assert set(run(RTN(group=8, where=("head",)), free)[0].grids) == {"lm_head"}
 
