@@ -40,6 +40,7 @@ from torch.utils.checkpoint import checkpoint
 from ..compress.anatomy import LinearRef, ModelView, TokenMasks
 from ..compress.base import Json, evaluating
 from ..compress.errors import Unmet, WorkFailed
+from ..compress.mapped import release
 from ..compress.runtime.reduce import installed
 from .replay import patched, pieces
 from .scratch import fingerprint
@@ -257,6 +258,14 @@ def _backward(
     """One backward pass: for each watched linear ``|dL/dY|`` by token, [tokens] a call; and what a token pass kept."""
     arrived: dict[LinearRef, list[torch.Tensor]] = {ref: [] for ref in watched}
 
+    def note(ref: LinearRef, gradient: torch.Tensor) -> None:
+        arrived[ref].append(gradient.abs().mean(-1, dtype=torch.float64).reshape(-1))
+        let_go()  # a backward pass reads weights whose forward let go of them
+
+    def let_go() -> None:
+        for parameter in view.model.parameters():
+            release(parameter)
+
     def watching(ref: LinearRef) -> Callable[..., Any]:
         original = ref.module.forward
 
@@ -264,7 +273,7 @@ def _backward(
             out = original(x)
             if not out.requires_grad:  # the first ones: here the graph begins
                 out = out.detach().requires_grad_()
-            out.register_hook(lambda g: arrived[ref].append(g.abs().mean(-1, dtype=torch.float64).reshape(-1)))
+            out.register_hook(lambda g: note(ref, g))
             return out
 
         return forward
@@ -292,6 +301,7 @@ def _backward(
                 )
             if loss.requires_grad:
                 loss.backward()
+    let_go()
     return arrived, kept
 
 
