@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from svlm.passes.bench import compare, lines, phases, sentences
+import svlm
+from svlm.calib.ask import example_prompt
+from svlm.passes.bench import Contestant, compare, lines, one_round, phases, sentences
 
 
 def row(vision: float, prefill: float, token: float, whole: float, wall: float = 1.0) -> dict:
@@ -46,3 +49,21 @@ def test_cpu_time_counts_where_others_hold_the_processor() -> None:
 def test_more_memory_is_said() -> None:
     said = sentences({"vision": None, "prefill": 1, "decode_per_token": 1, "end_to_end": 1, "peak_rss": 1.5}, False)
     assert said[-1].startswith("Loading and answering takes more memory")
+
+
+def test_one_answer_gives_every_phase() -> None:
+    view = svlm.load_view("demo")
+    counted: list[torch.Tensor] = []
+
+    def generate(**inputs: object) -> torch.Tensor:
+        counted.append(view.model.generate(**inputs))
+        return counted[-1]
+
+    inputs = example_prompt(view)
+    row = one_round(Contestant("demo", view, generate, inputs), 4)
+    assert counted[0].shape[1] == inputs["input_ids"].shape[1] + 4
+    for clock in (0, 1):
+        vision, prefill, token, whole = (row[p][clock] for p in ("vision", "prefill", "decode_per_token", "end_to_end"))
+        assert vision > 0 and prefill > 0 and token > 0
+        assert vision + prefill + 3 * token == pytest.approx(whole)
+    assert not view.tower._forward_hooks and not view.tower._forward_pre_hooks

@@ -59,8 +59,8 @@ def _dense(dtype: torch.dtype) -> Callable[[Tensor, Tensor | None, Grid | None],
 
 
 def _half(weight: Tensor, bias: Tensor | None, grid: Grid | None) -> Run:
-    """FBGEMM: weights in float16, inputs, sums and outputs in float32."""
-    packed = torch.ops.quantized.linear_prepack_fp16(weight, bias)
+    """FBGEMM: weights in float16, inputs, sums and outputs in float32. Packing clips what it is given, in place."""
+    packed = torch.ops.quantized.linear_prepack_fp16(weight.clone(), bias)
     linear = torch.ops.quantized.linear_dynamic_fp16.default
 
     def run(x: Tensor) -> Tensor:
