@@ -14,7 +14,7 @@ import mmap
 import sys
 import tempfile
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -125,7 +125,7 @@ def _let_go_after_use(model: nn.Module) -> None:
             module.register_forward_hook(_released)
 
 
-def _released(module: nn.Module, *_: Mapping[str, Any]) -> None:
+def _released(module: nn.Module, *_: Any) -> None:
     for parameter in module._parameters.values():
         if parameter is not None:
             release(parameter)

@@ -7,6 +7,8 @@ CDQuant, arXiv 2406.17542) and can only lower it. H is damped as in GPTQ. Pure: 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ...compress.runtime.grid import Grid
@@ -96,8 +98,8 @@ class Descent:
         """
         columns, size, dtype = len(self.w), len(self.w) // self.groups, self.grid.scale.dtype
         scales = self._scales(self.grid)
-        low: torch.Tensor | list[int] = [self.grid.low] * self.groups
-        high: torch.Tensor | list[int] = [self.grid.high] * self.groups
+        low: Any = [self.grid.low] * self.groups
+        high: Any = [self.grid.high] * self.groups
         if self.grid.zero is not None:
             zero = self.grid.zero.T.to(self.w.dtype)
             low, high = self.grid.low - zero, self.grid.high - zero
