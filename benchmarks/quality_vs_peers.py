@@ -7,10 +7,11 @@ Language model's linears only (what every peer can do); 128 calibration question
 interpreter that is given for it (`benchmarks/peers.py`) and hands over the weights it would use, so that storage and
 kernels play no part; a peer without an interpreter is left out. Weights stay in --work, where the next run finds them.
 
-Judged by svlm: exact match of generated answers on check questions; KL(original || quantized) of the answer tokens on
-8,192 fresh questions of the demo's generator that no tool has seen. Few tokens carry most of a mean KL (those where
-the original itself hesitates), so that a mean over some hundred questions is mostly luck: every mean comes with its
-standard error, every ratio to the best peer with a 95 % interval (bootstrap over questions, paired).
+Judged by svlm on 4,096 fresh questions of the demo's generator that no tool has seen: KL(original || quantized) of the
+answer tokens, and exact match (every token of the answer, its end included, is the most probable one). Few tokens carry
+most of a mean KL (those where the original itself hesitates), so that a mean over some hundred questions is mostly luck:
+every mean comes with its standard error, every ratio to the best peer with a 95 % interval (bootstrap over questions,
+paired).
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ FRESH = 1000  # seed of the questions for the KL
 
 
 class Fresh:
-    """Questions that nobody has seen, and what the original answers: log probabilities of every answer token."""
+    """Questions that nobody has seen, and what the original makes of them: log probabilities at every answer token."""
 
     def __init__(self, count: int, file: Path) -> None:
         self.view = svlm.load_view("demo")
@@ -60,17 +61,24 @@ class Fresh:
         if not file.is_file():
             save_file({"log_p": self._log_p(self.view)}, file)
         self.reference = load_file(file)["log_p"]
+        predicted = [torch.cat([row[row != -100] for row in batch["labels"]]) for batch in self.batches]
+        self.answer = torch.cat(predicted)
         self.question = torch.cat([(batch["labels"] != -100).sum(1) for batch in self.batches])
 
     def _log_p(self, view: Any) -> torch.Tensor:
         with evaluating(view.model):
             return torch.cat([answer_logits(view, batch).float().log_softmax(-1) for batch in self.batches])
 
-    def kl(self, view: Any) -> np.ndarray:
-        """[questions, 2]: the sum over a question's answer tokens, and their number."""
-        token = (self.reference.exp() * (self.reference - self._log_p(view))).sum(-1).clamp(min=0)
-        sums = torch.stack([part.sum() for part in token.split(self.question.tolist())])
-        return torch.stack([sums, self.question.float()], 1).double().numpy()
+    def judge(self, view: Any) -> np.ndarray:
+        """[questions, 3]: KL summed over a question's answer tokens, their number, whether all of them are right."""
+        log_q = self._log_p(view)
+        token = (self.reference.exp() * (self.reference - log_q)).sum(-1).clamp(min=0)
+        right = (log_q.argmax(-1) == self.answer).float()
+        sums, all_right = (
+            torch.stack([getattr(part, how)() for part in values.split(self.question.tolist())])
+            for values, how in ((token, "sum"), (right, "min"))
+        )
+        return torch.stack([sums, self.question.float(), all_right], 1).double().numpy()
 
 
 def mean(rows: np.ndarray) -> float:
@@ -124,8 +132,7 @@ def main() -> None:
     parser.add_argument("--python", action="append", default=[], metavar="PEER=PATH", help="interpreter of a peer")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--fit", type=int, default=128)
-    parser.add_argument("--check", type=int, default=512, help="questions for the exact match")
-    parser.add_argument("--fresh", type=int, default=8192, help="questions for the KL")
+    parser.add_argument("--fresh", type=int, default=4096, help="questions that judge")
     parser.add_argument("--only", action="append", default=[], metavar="TOOL", help="these rows alone")
     parser.add_argument("--weights-only", action="store_true", help="judge later")
     parser.add_argument("--work", type=Path, required=True, help="where weights and judgements are kept")
@@ -139,7 +146,7 @@ def main() -> None:
     fresh = None if o.weights_only else Fresh(o.fresh, o.work / f"reference-{o.fresh}.safetensors")
     for label, name, seed, key in cells(o, pythons):
         if seed not in benches:
-            data = svlm.CalibrationSet.load("demo", fit=o.fit, check=o.check, seed=seed)
+            data = svlm.CalibrationSet.load("demo", fit=o.fit, check=16, seed=seed)
             benches[seed] = svlm.Workbench(svlm.load_view("demo"), data, latency=False)
         bench, batches = benches[seed], o.work / f"batches-{o.fit}-{seed}.safetensors"
         if not batches.is_file():
@@ -161,11 +168,10 @@ def main() -> None:
         view = svlm.load_view("demo")
         for path, weight in load_file(out).items():
             view.linear(path).module.weight.data.copy_(weight)
-        quality, _ = bench.measure(view)
-        kl = fresh.kl(view)
+        kl = fresh.judge(view)
         np.save(out.with_suffix(".npy"), kl)
         error = float((kl[:, 0] - mean(kl) * kl[:, 1]).std() * len(kl) ** 0.5 / kl[:, 1].sum())
-        rows[key] = {"kl": mean(kl), "kl_error": error, "exact_match": quality["exact_match"]["value"]}
+        rows[key] = {"kl": mean(kl), "kl_error": error, "exact_match": float(kl[:, 2].mean())}
         write_json(o.json, rows)
         print(key, rows[key], file=sys.stderr, flush=True)
     if fresh is not None:
