@@ -9,7 +9,7 @@ kernels play no part; a peer without an interpreter is left out. Weights stay in
 
 Judged by svlm on 4,096 fresh questions of the demo's generator that no tool has seen: KL(original || quantized) of the
 answer tokens, and exact match (every token of the answer, its end included, is the most probable one). Few tokens carry
-most of a mean KL (those where the original itself hesitates), so that a mean over some hundred questions is mostly luck:
+most of a mean KL (those where the original itself hesitates), so that a mean over some hundred questions is luck:
 every mean comes with its standard error, every ratio to the best peer with a 95 % interval (bootstrap over questions,
 paired).
 """
