@@ -184,9 +184,12 @@ def test_weights_that_no_form_can_hold_stay_dense_and_are_named(monkeypatch: pyt
     only = {"us": times(float32=(9, 9, 9, 9), float16w=(1, 1, 1, 1)), "dropped": {}}
     monkeypatch.setattr(use, "measure", lambda *a, **k: only)
     before = linear.weight.clone()
+    hooked = view.linears("vision")[0]
+    hooked.module.register_forward_pre_hook(lambda *_: None)
     facts = use_kernels(view)
     assert torch.equal(linear.weight, before)
-    assert list(facts["dense"]) == [path] and view.model.get_submodule(path) is linear
+    assert set(facts["dense"]) == {path, hooked.path} and view.model.get_submodule(path) is linear
+    assert view.model.get_submodule(hooked.path) is hooked.module, "what a pass hangs on a linear is not lost"
     assert any(path in sentence for sentence in says(facts))
 
 
