@@ -102,6 +102,8 @@ def test_the_fastest_form_is_chosen_for_each_number_of_tokens() -> None:
     assert choose(near, grid, "fast") == [(float("inf"), "float32")], "a second form has to pay"
     long = times(float32=(9, 9, 9, None), int4=(2, 2, 20, None))
     assert choose(long, grid, "fast") == [(22, "int4"), (float("inf"), "float32")]
+    light = times(float32=(9, 9, 9, 9), float16w=(9.2, 9, 8, 9.2))
+    assert choose(light, grid, "fast") == [(float("inf"), "float16w")], "the lighter of two that take the same"
     floats = times(float32=(9, 9, 9, 9), bfloat16=(9, 9, 20, 90))
     assert choose(floats, None, "small") == [(float("inf"), "bfloat16")]
 
