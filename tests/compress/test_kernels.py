@@ -102,6 +102,8 @@ def test_the_fastest_form_is_chosen_for_each_number_of_tokens() -> None:
     assert choose(near, grid, "fast") == [(float("inf"), "float32")], "a second form has to pay"
     long = times(float32=(9, 9, 9, None), int4=(2, 2, 20, None))
     assert choose(long, grid, "fast") == [(22, "int4"), (float("inf"), "float32")]
+    light = times(float32=(9, 9, 9, 9), float16w=(9.2, 9, 8, 9.2))
+    assert choose(light, grid, "fast") == [(float("inf"), "float16w")], "the lighter of two that take the same"
     floats = times(float32=(9, 9, 9, 9), bfloat16=(9, 9, 20, 90))
     assert choose(floats, None, "small") == [(float("inf"), "bfloat16")]
 
@@ -152,7 +154,13 @@ def test_families_answer_as_dequantized(family: str, monkeypatch: pytest.MonkeyP
         wanted = view.model(**batch, **_start(view, batch)).logits
 
     def fixed(weight: torch.Tensor, bias: Any, grid: Grid | None, dtype: Any, *, cold: bool) -> dict[str, Any]:
-        few = "float16w" if grid is None else "int4" if KERNELS["int4"].fits(weight.shape, grid, "cpu") else "unpack"
+        few = (
+            "float16w"
+            if grid is None
+            else "int4"
+            if KERNELS["int4"].fits((len(weight), weight.shape[1]), grid, "cpu")
+            else "unpack"
+        )
         return {
             "us": times(**({"float32": (9, 9, 9, 9), "float16w": (5, 5, 5, 5)} | {few: (1, 1, 5, 5)})),
             "dropped": {},
@@ -184,9 +192,12 @@ def test_weights_that_no_form_can_hold_stay_dense_and_are_named(monkeypatch: pyt
     only = {"us": times(float32=(9, 9, 9, 9), float16w=(1, 1, 1, 1)), "dropped": {}}
     monkeypatch.setattr(use, "measure", lambda *a, **k: only)
     before = linear.weight.clone()
+    hooked = view.linears("vision")[0]
+    hooked.module.register_forward_pre_hook(lambda *_: None)
     facts = use_kernels(view)
     assert torch.equal(linear.weight, before)
-    assert list(facts["dense"]) == [path] and view.model.get_submodule(path) is linear
+    assert set(facts["dense"]) == {path, hooked.path} and view.model.get_submodule(path) is linear
+    assert view.model.get_submodule(hooked.path) is hooked.module, "what a pass hangs on a linear is not lost"
     assert any(path in sentence for sentence in says(facts))
 
 

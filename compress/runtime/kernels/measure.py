@@ -27,7 +27,7 @@ SWEPT = 48 << 20  # bytes read before such a call, so that no weight is left in 
 ROUNDS = 7  # interleaved; a form that took twice the best's time in two gets no third one
 LONGEST = 1.0  # seconds; what must take longer, going by fewer tokens, is not timed
 SLOW = 0.02  # seconds; where the best takes longer, three rounds are enough
-WORTH = 0.95  # a further form of a linear has to take at most this share of the time of those that it has
+WORTH = 0.95  # a further or heavier form of a linear has to take at most this share of the other's time
 
 Times = dict[str, dict[str, float]]  # tokens -> kernel -> microseconds
 
@@ -156,8 +156,9 @@ def choose(times: Times, grid: Grid | None, memory: str) -> list[tuple[float, st
         if not row and not plan:
             continue  # too long to be timed: the next smaller number decides
         best = min(row, key=row.__getitem__) if row else plan[0][1]
-        kept = [name for _, name in plan if WORTH * row.get(name, float("inf")) <= row.get(best, 0.0)]
-        name = kept[0] if kept else best
+        near = [name for name in row if WORTH * row[name] <= row[best]] or [best]
+        kept = [name for _, name in plan if name in near]
+        name = kept[0] if kept else min(near, key=lambda n: KERNELS[n].width(grid))
         if plan and plan[0][1] == name:
             continue
         plan.insert(0, (limit if plan else float("inf"), name))
