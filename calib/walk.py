@@ -270,7 +270,8 @@ class Walk:
         """Token weights [batch, tokens] of a linear's input; None: all 1."""
         if mode == "gradient" and self._weighs:  # before the first change of a weight, whichever unit comes first
             with self._clock.timing("balance"):
-                self.balance.measured(self._finished)
+                same = self.balance.batches is self.batches  # finished outputs are known by the batch's number
+                self.balance.measured(self._finished if same else None)
         masks = input_masks(self.view, self.batches[index], ref, self._kept[index])
         if masks is None:
             return None
