@@ -3,7 +3,7 @@
     python benchmarks/quality_vs_peers.py --python llmcompressor=VENV/bin/python --python hqq=VENV2/bin/python ... \\
         --seeds 0 1 2 --work DIR --json benchmarks/results/quality_vs_peers.json
 
-Language model's linears only (what every peer can do); 128 calibration questions, the same for all. A peer runs in the
+Language model's linears only (what every peer can do; one row of svlm's has vision tower and connector as well); 128 calibration questions, the same for all. A peer runs in the
 interpreter that is given for it (`benchmarks/peers.py`) and hands over the weights it would use, so that storage and
 kernels play no part; a peer without an interpreter is left out. Weights stay in --work, where the next run finds them.
 
@@ -43,6 +43,7 @@ OURS: dict[str, Steps] = {
     "svlm rtn": [("quantize.rtn", {})],
     "svlm gptq": [("quantize.gptq", {})],
     "svlm gptq + scales": [("quantize.gptq", {}), SCALES],
+    "svlm gptq, everywhere": [("quantize.gptq", {"where": ["vision", "connector", "language"]})],
 }
 PEERS = ("llmcompressor", "gptqmodel", "auto-round", "hqq", "bitsandbytes", "optimum-quanto", "torchao")
 FRESH = 1000  # seed of the questions for the KL
@@ -70,19 +71,25 @@ class Fresh:
             return torch.cat([answer_logits(view, batch).float().log_softmax(-1) for batch in self.batches])
 
     def judge(self, view: Any) -> np.ndarray:
-        """[questions, 3]: KL summed over a question's answer tokens, their number, whether all of them are right."""
+        """[questions, 4]: KL summed over a question's answer tokens, their number, all of them right, right before."""
         log_q = self._log_p(view)
         token = (self.reference.exp() * (self.reference - log_q)).sum(-1).clamp(min=0)
-        right = (log_q.argmax(-1) == self.answer).float()
-        sums, all_right = (
+        right, before = ((p.argmax(-1) == self.answer).float() for p in (log_q, self.reference))
+        columns = [
             torch.stack([getattr(part, how)() for part in values.split(self.question.tolist())])
-            for values, how in ((token, "sum"), (right, "min"))
-        )
-        return torch.stack([sums, self.question.float(), all_right], 1).double().numpy()
+            for values, how in ((token, "sum"), (torch.ones_like(token), "sum"), (right, "min"), (before, "min"))
+        ]
+        return torch.stack(columns, 1).double().numpy()
 
 
 def mean(rows: np.ndarray) -> float:
     return float(rows[:, 0].sum() / rows[:, 1].sum())
+
+
+def change(rows: np.ndarray) -> dict[str, float]:
+    """Of exact match against the original on the same questions, and half its 95 % interval."""
+    difference = rows[:, 2] - rows[:, 3]
+    return {"change": float(difference.mean()), "change_95": float(1.96 * difference.std() / len(rows) ** 0.5)}
 
 
 def ratio(a: np.ndarray, b: np.ndarray, draws: int = 2000) -> tuple[float, float, float]:
@@ -171,7 +178,7 @@ def main() -> None:
         kl = fresh.judge(view)
         np.save(out.with_suffix(".npy"), kl)
         error = float((kl[:, 0] - mean(kl) * kl[:, 1]).std() * len(kl) ** 0.5 / kl[:, 1].sum())
-        rows[key] = {"kl": mean(kl), "kl_error": error, "exact_match": float(kl[:, 2].mean())}
+        rows[key] = {"kl": mean(kl), "kl_error": error, "exact_match": float(kl[:, 2].mean()), **change(kl)}
         write_json(o.json, rows)
         print(key, rows[key], file=sys.stderr, flush=True)
     if fresh is not None:
@@ -180,8 +187,10 @@ def main() -> None:
 
 def table(rows: dict[str, Any], o: argparse.Namespace) -> str:
     """Markdown: KL of every seed, its ratio to the best peer of that seed, and the mean exact match."""
-    lines = ["| setting | tool | KL (1e-3), seed by seed | over the best peer's [95 %] | exact match, mean |"]
-    lines.append("|---|---|---|---|---:|")
+    lines = [
+        "| setting | tool | KL (1e-3), seed by seed | over the best peer's [95 %] | exact match, points against the original's |"
+    ]
+    lines.append("|---|---|---|---|---|")
     for label in SETTINGS:
         best = {seed: _best_peer(rows, label, seed) for seed in o.seeds}
         for name in [*OURS, *PEERS]:
@@ -190,13 +199,13 @@ def table(rows: dict[str, Any], o: argparse.Namespace) -> str:
                 lines.append(f"| {label} | {name} | does not run: {failed[0]} | | |")
             elif all(found):
                 kl = ", ".join(f"{1e3 * f['kl']:.2f} ± {1e3 * f['kl_error']:.2f}" for f in found)
-                match = sum(f["exact_match"] for f in found) / len(found)
+                match = ", ".join(f"{100 * f['change']:+.2f} ± {100 * f['change_95']:.2f}" for f in found)
                 over = [
                     "{:.2f} [{:.2f}, {:.2f}]".format(*ratio(_kl(o, label, name, s), _kl(o, label, best[s], s)))
                     for s in o.seeds
-                    if name in OURS and best[s]
+                    if name in OURS and best[s] and "everywhere" not in name
                 ]
-                lines.append(f"| {label} | {name} | {kl} | {', '.join(over)} | {100 * match:.1f} % |")
+                lines.append(f"| {label} | {name} | {kl} | {', '.join(over)} | {match} |")
     return "\n".join(lines)
 
 
