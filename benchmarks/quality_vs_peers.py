@@ -3,9 +3,10 @@
     python benchmarks/quality_vs_peers.py --python llmcompressor=VENV/bin/python --python hqq=VENV2/bin/python ... \\
         --seeds 0 1 2 --work DIR --json benchmarks/results/quality_vs_peers.json
 
-Language model's linears only (what every peer can do; one row of svlm's has vision tower and connector as well); 128 calibration questions, the same for all. A peer runs in the
-interpreter that is given for it (`benchmarks/peers.py`) and hands over the weights it would use, so that storage and
-kernels play no part; a peer without an interpreter is left out. Weights stay in --work, where the next run finds them.
+Language model's linears only, which is what every peer can do (one row of svlm's has vision tower and connector as
+well); 128 calibration questions, the same for all. A peer runs in the interpreter that is given for it
+(`benchmarks/peers.py`) and hands over the weights it would use, so that storage and kernels play no part; a peer without
+an interpreter is left out. Weights stay in --work, where the next run finds them.
 
 Judged by svlm on 4,096 fresh questions of the demo's generator that no tool has seen: KL(original || quantized) of the
 answer tokens, and exact match (every token of the answer, its end included, is the most probable one). Few tokens carry
@@ -186,10 +187,8 @@ def main() -> None:
 
 
 def table(rows: dict[str, Any], o: argparse.Namespace) -> str:
-    """Markdown: KL of every seed, its ratio to the best peer of that seed, and the mean exact match."""
-    lines = [
-        "| setting | tool | KL (1e-3), seed by seed | over the best peer's [95 %] | exact match, points against the original's |"
-    ]
+    """Markdown: KL of every seed, its ratio to the best peer of that seed, and the change of exact match."""
+    lines = ["| setting | tool | KL (1e-3), seed by seed | over the best peer's [95 %] | exact match, points gained |"]
     lines.append("|---|---|---|---|---|")
     for label in SETTINGS:
         best = {seed: _best_peer(rows, label, seed) for seed in o.seeds}
