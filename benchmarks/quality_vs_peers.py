@@ -5,7 +5,7 @@
 
 Language model's linears only, which is what every peer can do (one row of svlm's has vision tower and connector as
 well); 128 calibration questions, the same for all. A peer runs in the interpreter that is given for it
-(`benchmarks/peers.py`) and hands over the weights it would use, so that storage and kernels play no part; a peer without
+(`benchmarks/peers.py`) and hands over the weights it would use, so that storage and kernels play no part; one without
 an interpreter is left out. Weights stay in --work, where the next run finds them.
 
 Judged by svlm on 4,096 fresh questions of the demo's generator that no tool has seen: KL(original || quantized) of the
