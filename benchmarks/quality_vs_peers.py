@@ -61,19 +61,33 @@ class Fresh:
         samples = list(itertools.islice(data.recovery(), count))
         self.batches = list(bench.encoder.batches(samples, 128))
         if not file.is_file():
-            save_file({"log_p": self._log_p(self.view)}, file)
-        self.reference = load_file(file)["log_p"]
+            self._write(file)
+        kept = load_file(file)
+        self.reference = kept.pop("log_p")
+        self.merged = [  # what the decoder gets, as long as vision tower and connector are the original's
+            {"inputs_embeds": kept[str(i)], "attention_mask": b["attention_mask"], "labels": b["labels"]}
+            for i, b in enumerate(self.batches)
+        ]
         predicted = [torch.cat([row[row != -100] for row in batch["labels"]]) for batch in self.batches]
         self.answer = torch.cat(predicted)
         self.question = torch.cat([(batch["labels"] != -100).sum(1) for batch in self.batches])
 
-    def _log_p(self, view: Any) -> torch.Tensor:
-        with evaluating(view.model):
-            return torch.cat([answer_logits(view, batch).float().log_softmax(-1) for batch in self.batches])
+    def _write(self, file: Path) -> None:
+        seen: list[torch.Tensor] = []
+        hook = self.view.decoder.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
+        )
+        log_p = self._log_p(self.view, self.batches)
+        hook.remove()
+        save_file({"log_p": log_p} | {str(i): embeds.contiguous() for i, embeds in enumerate(seen)}, file)
 
-    def judge(self, view: Any) -> np.ndarray:
+    def _log_p(self, view: Any, batches: list[Any]) -> torch.Tensor:
+        with evaluating(view.model):
+            return torch.cat([answer_logits(view, batch).float().log_softmax(-1) for batch in batches])
+
+    def judge(self, view: Any, decoder_only: bool) -> np.ndarray:
         """[questions, 4]: KL summed over a question's answer tokens, their number, all of them right, right before."""
-        log_q = self._log_p(view)
+        log_q = self._log_p(view, self.merged if decoder_only else self.batches)
         token = (self.reference.exp() * (self.reference - log_q)).sum(-1).clamp(min=0)
         right, before = ((p.argmax(-1) == self.answer).float() for p in (log_q, self.reference))
         columns = [
@@ -174,9 +188,10 @@ def main() -> None:
         if fresh is None or isinstance(rows.get(key), str) or (key in rows and out.with_suffix(".npy").is_file()):
             continue
         view = svlm.load_view("demo")
-        for path, weight in load_file(out).items():
+        weights = load_file(out)
+        for path, weight in weights.items():
             view.linear(path).module.weight.data.copy_(weight)
-        kl = fresh.judge(view)
+        kl = fresh.judge(view, all(path.startswith(view.decoder_path + ".") for path in weights))
         np.save(out.with_suffix(".npy"), kl)
         error = float((kl[:, 0] - mean(kl) * kl[:, 1]).std() * len(kl) ** 0.5 / kl[:, 1].sum())
         rows[key] = {"kl": mean(kl), "kl_error": error, "exact_match": float(kl[:, 2].mean()), **change(kl)}
