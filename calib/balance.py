@@ -337,7 +337,7 @@ def answer_logits(view: ModelView, batch: Mapping[str, Any]) -> tuple[torch.Tens
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter asks for a gradient inside."""
+    """No parameter asks for a gradient inside; flags as before afterwards."""
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
         for parameter in flags:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from ...compress.base import Context, Json, Notes, Pass, evaluating
 from ...compress.errors import PromiseBroken, Unmet
@@ -109,6 +108,7 @@ class Logits(Pass):
     def apply(self, model: ModelView, ctx: Context) -> Notes:
         import torch
 
+        from ...calib.balance import frozen
         from ._lora import adapted, merge
         from ._scales import loosened, settle
         from ._train import Plan, Teacher, train
@@ -117,7 +117,7 @@ class Logits(Pass):
         batches, validation, again, share = self._batches(model, ctx)
         linears = model.linears(self.where)
         plan = Plan(self.steps, self.lr, self.warmup, self.weight_decay, self.temperature)
-        with ctx.teacher() as original, evaluating(model.model), _frozen(model.model):
+        with ctx.teacher() as original, evaluating(model.model), frozen(model.model):
             teacher = Teacher(original, again)
             if self.train == "lora":
                 with adapted([ref.module for ref in linears], self.lora_rank, generator) as adapters:
@@ -201,16 +201,3 @@ class Logits(Pass):
             "training_loss_last": course.losses[-1],
             "course": {str(k): v for k, v in course.checks.items()},
         }
-
-
-@contextmanager
-def _frozen(model: Any) -> Iterator[None]:
-    """No parameter asks for a gradient inside; flags as before afterwards."""
-    flags: Mapping[nn.Parameter, bool] = {p: p.requires_grad for p in model.parameters()}
-    try:
-        for parameter in flags:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)
