@@ -236,6 +236,12 @@ def measure(
     for ref, total in sums.items():
         if total.tokens["vision"]:
             gradients.setdefault(OUTPUTS[ref.role], {})[ref.unit.name] = total.means()
+    if seen and not gradients:
+        raise WorkFailed(
+            "no gradient of the answers reached a block of the language model",
+            found=f"{seen} samples",
+            change="token_weights: balanced",
+        )
     return Measured(gradients, seen)
 
 

@@ -372,7 +372,13 @@ class Walk:
         """What stands in for finished modules where only the samples `rows` of a batch run; nothing where unsure."""
         assert self._probe is not None
         batch = self.batches[index]
-        found = {path: self._probe.rows(batch, path, memo[index], rows) for path, memo in self._memos.items()}
+        later = [unit.path for unit in self._units if unit.part in ("language", "head")]  # gradients pass through these
+        before = {
+            path: memo
+            for path, memo in self._memos.items()
+            if not any(f"{unit}.".startswith(f"{path}.") or f"{path}.".startswith(f"{unit}.") for unit in later)
+        }
+        found = {path: self._probe.rows(batch, path, memo[index], rows) for path, memo in before.items()}
         known = {path: outputs for path, outputs in found.items() if outputs is not None}
         if len(known) < len(found):
             return {}

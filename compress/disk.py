@@ -23,13 +23,15 @@ def whole_folder(target: Path) -> Iterator[Path]:
     Raises:
         WorkFailed: the disk is full; nothing of the new folder is left.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     os.chmod(temporary, 0o755)
     try:
         with disk_errors(target):
             yield temporary
             for path in sorted(temporary.rglob("*")):
+                if path.is_file():
+                    os.chmod(path, 0o644)
                 sync(path)
             sync(temporary)
             if target.exists():
@@ -40,11 +42,29 @@ def whole_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it.
+
+    Raises:
+        OutputError: it cannot be made here. WorkFailed: the disk is full.
+    """
+    with disk_errors(path):
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except (FileNotFoundError, FileExistsError, NotADirectoryError) as error:
+            raise OutputError(
+                "cannot make a folder here",
+                where=str(path),
+                found=str(error.strerror),
+                change="choose a folder that you may write to",
+            ) from error
+
+
 def write_whole(path: Path, data: str | bytes) -> None:
     """Write a file so that it is there whole or not at all."""
     raw = data.encode() if isinstance(data, str) else data
     with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         try:
             with os.fdopen(handle, "wb") as file:

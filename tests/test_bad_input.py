@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import svlm
 from svlm import cli
+from svlm.compress import disk
 from svlm.compress.errors import OutputError, RecipeError, Unmet, WorkFailed
 from svlm.compress.gate import Gate
 from svlm.compress.recipe import Recipe
@@ -256,3 +257,16 @@ def test_gates_that_say_nothing() -> None:
         Gate.parse("")
     with pytest.raises(RecipeError, match="not YAML"):
         ungated.override([("quantize.rtn", "bits", "[")])
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    for make in (disk.make_folder, lambda path: disk.write_json(path / "a.json", {})):
+        with pytest.raises(OutputError, match="cannot make a folder here"):
+            make(tmp_path / "file" / "below")
+
+
+def test_files_of_a_folder_can_be_read_by_others(tmp_path: Path) -> None:
+    with disk.whole_folder(tmp_path / "made") as folder:
+        (folder / "weights").touch(mode=0o600)
+    assert (tmp_path / "made" / "weights").stat().st_mode & 0o777 == 0o644

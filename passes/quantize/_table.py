@@ -27,6 +27,8 @@ def chosen(model: ModelView, where: tuple[str, ...] | str) -> tuple[tuple[str, .
     ``embeddings`` selects it, and so does ``head`` where the head shares its weight.
     """
     entries = [where] if isinstance(where, str) else list(where)
+    if not entries:
+        model.linears(where)  # says that nothing is selected
     table, wanted, left = model.table, False, []
     for entry in entries:
         tied = table.head is not None and entry != NAME and model.linears(entry) == (table.head,)

@@ -81,7 +81,7 @@ class Mixed(Pass):
             check_settings(bits, self.group, True)
         if not self.choices or list(self.choices) != sorted(set(self.choices)):
             raise ValueError(f"choices are different numbers of bits from small to large, not {list(self.choices)}")
-        if self.budget_mb is not None and not self.budget_mb > 0:
+        if self.budget_mb is not None and not 0 < self.budget_mb < math.inf:
             raise ValueError(f"budget_mb is a positive number of megabytes, not {self.budget_mb}")
         if self.budget_mb is None and not self.choices[0] <= self.bits <= self.choices[-1]:
             raise ValueError(f"bits lies from {self.choices[0]} to {self.choices[-1]}, the choices, not {self.bits}")

@@ -16,6 +16,7 @@ import svlm
 from svlm.calib.walk import Walk
 from svlm.compress import mapped, storage
 from svlm.compress.base import Context
+from svlm.compress.runtime.kernels.use import use_kernels
 from tests import zoo
 
 FAMILIES = ["llava", "smolvlm", "qwen2.5-vl", "gemma3", "internvl", "florence-2", "donut"]
@@ -103,3 +104,8 @@ def test_small_models_stay_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mapped, "SHARE", 1e-9)
     view = svlm.load_view("demo")
     assert view.model.lm_head.weight.data_ptr() in mapped._PLACES
+
+
+def test_the_torch_runtime_takes_linears_of_a_lazily_loaded_model() -> None:
+    facts = [use_kernels(storage.load_model("demo", lazy=lazy)) for lazy in (False, True)]
+    assert facts[1]["dense"] == facts[0]["dense"]

@@ -13,6 +13,7 @@ from torch import nn
 from ...anatomy import ModelView
 from ...base import Json
 from ...errors import UsageError, did_you_mean
+from ...mapped import only_lets_go
 from ..grid import Grid
 from .linear import KernelLinear
 from .measure import COUNTS, LIMITS, SWEPT, activations, choose, keep_times, kind, machine, measure, read_times
@@ -59,7 +60,7 @@ def use_kernels(
     dense: dict[str, str] = {}
     measured = False
     for path, linear in linears.items():
-        if linear._forward_hooks or linear._forward_pre_hooks:
+        if not only_lets_go(linear):
             dense[path] = "a pass works on its inputs or outputs"
             continue
         grid = _on(view.grids.get(path), device)

@@ -14,15 +14,17 @@ import transformers as tf
 from svlm import passes
 from svlm.calib import curvature as curvature_module
 from svlm.calib.balance import Balance
+from svlm.calib.stats import MeanSquare
 from svlm.calib.walk import Walk
 from svlm.compress import storage
-from svlm.compress.anatomy import ModelView
+from svlm.compress.anatomy import ModelView, view_of
 from svlm.compress.base import Context
-from svlm.compress.errors import PromiseBroken, Unmet
+from svlm.compress.errors import PromiseBroken, SelectorError, Unmet
 from svlm.compress.pipeline import apply_pass, ask_promises
 from svlm.compress.runtime.grid import packed_bytes
 from svlm.passes.quantize.gptq import GPTQ
 from svlm.passes.quantize.mixed import Mixed
+from svlm.passes.quantize.rtn import RTN
 from tests import zoo
 from tests.passes.quantize.test_passes import BF16, Doomed, Killed, context, fresh, weights
 
@@ -57,6 +59,7 @@ def test_settings_that_no_model_could_take() -> None:
         ({"choices": (2, 5)}, "bits"),
         ({"bits": 1.5}, "from 2 to 8"),
         ({"budget_mb": 0.0}, "budget_mb"),
+        ({"budget_mb": float("inf")}, "budget_mb"),
         ({"group": 0}, "group"),
         ({"damp": 0.0}, "damp"),
     ):
@@ -211,3 +214,23 @@ def test_a_killed_run_measures_nothing_again_and_ends_with_the_same_weights(
     apply_pass(step, resumed, lent(resumed, tmp_path))
     wanted = whole.model.state_dict()
     assert all(torch.equal(wanted[name], t) for name, t in resumed.model.state_dict().items())
+
+
+@pytest.mark.parametrize("step", [Mixed(where=()), RTN(where=())])
+def test_an_empty_selector_selects_nothing_and_says_so(step: Any) -> None:
+    view = fresh()
+    with pytest.raises(SelectorError, match="empty"):
+        step.requires(view, context(view, DATA))
+
+
+def test_a_walk_that_starts_at_the_head_measures_the_same_gradients() -> None:
+    """What stands in for finished modules has no gradient, and the head comes after all blocks."""
+    view = view_of(zoo.model("gemma3"))
+    batches = [zoo.batch("gemma3", samples=3)]
+    plain = Balance(view, batches).measured()
+    balance = Balance(view, batches)
+    for unit in Walk(view, batches, "head", balance=balance):
+        unit.observe(MeanSquare, token_weights="gradient")
+    found = balance.known()
+    assert found is not None and found.ratios["attn"] == pytest.approx(plain.ratios["attn"], rel=1e-4)
+    assert len(found.ratios["mlp"]) == len(view.parts["language"]) > 0
