@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,9 @@ from torch import nn
 from svlm.calib.stats import Hessian, MeanAbs
 from svlm.calib.walk import Walk
 from svlm.compress import storage
-from svlm.compress.anatomy import ModelView, view_of
-from svlm.compress.base import Context, Notes
+from svlm.compress.anatomy import view_of
+from svlm.compress.base import Notes
 from svlm.compress.errors import PromiseBroken, Unmet
-from svlm.compress.pipeline import apply_pass
 from svlm.compress.runtime.grid import dequantize, on_grid, quantize
 from svlm.passes import find
 from svlm.passes.quantize._awq import candidates, clipped_grid, output_loss, weight_means
@@ -26,25 +24,7 @@ from svlm.passes.quantize.awq import AWQ, UNCLIPPED
 from svlm.passes.quantize.rtn import RTN
 from tests import zoo
 from tests.oracles import awq as oracle
-
-BF16 = torch.bfloat16
-
-
-def fresh(family: str = "llava") -> ModelView:
-    view = view_of(zoo.model(family))
-    view.storage_dtype = BF16
-    storage.round_to_storage(view)
-    return view
-
-
-def batches(family: str = "llava") -> list[dict[str, torch.Tensor]]:
-    return [zoo.batch(family, samples=3, seed=seed) for seed in range(3)]
-
-
-def run(step: Any, view: ModelView | None = None, data: Any = None, scratch: Path | None = None) -> Any:
-    view, data = view or fresh(), batches() if data is None else data
-    ctx = Context(data, lambda where=None, **o: Walk(view, data, where, scratch=scratch, **o), nullcontext)
-    return view, apply_pass(step, view, ctx)
+from tests.passes.quantize.helpers import BF16, batches, check_resumes, fresh, run
 
 
 def logits(model: Any, data: list[Any]) -> torch.Tensor:
@@ -255,26 +235,6 @@ def test_settings_and_refusals() -> None:
     assert [AWQ(bits=2).weaker(), AWQ(bits=8).weaker()] == [AWQ(bits=3), None]
 
 
-class Killed(BaseException):
-    pass
-
-
 def test_a_killed_pass_resumes_with_the_same_numbers(tmp_path: Path) -> None:
     step = AWQ(bits=3, group=8, steps=4)
-    calm, wanted = run(step)
-    view, data = fresh(), batches()
-
-    class Doomed(Walk):
-        def __iter__(self) -> Any:
-            for number, unit in enumerate(super().__iter__()):
-                if number == 5:
-                    raise Killed
-                yield unit
-
-    ctx = Context(data, lambda where=None, **o: Doomed(view, data, where, scratch=tmp_path, **o), nullcontext)
-    with pytest.raises(Killed):
-        step.apply(view, ctx)
-    again, notes = run(step, scratch=tmp_path)
-    assert notes == wanted
-    state = calm.model.state_dict()
-    assert all(torch.equal(t, state[name]) for name, t in again.model.state_dict().items())
+    check_resumes(step, 5, tmp_path)

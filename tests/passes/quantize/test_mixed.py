@@ -26,7 +26,7 @@ from svlm.passes.quantize.gptq import GPTQ
 from svlm.passes.quantize.mixed import Mixed
 from svlm.passes.quantize.rtn import RTN
 from tests import zoo
-from tests.passes.quantize.test_passes import BF16, Doomed, Killed, context, fresh, weights
+from tests.passes.quantize.helpers import BF16, Doomed, Killed, context, fresh, weights
 
 SOME = ("connector", "language.blocks[0:2]")
 QUICK: dict[str, Any] = {"group": 8, "refine": 0, "scale_search": False, "where": SOME}

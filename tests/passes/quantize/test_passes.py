@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,8 @@ import torch
 from svlm import passes
 from svlm.calib.stats import Hessian, MeanSquare
 from svlm.calib.walk import Walk
-from svlm.compress import storage
 from svlm.compress.anatomy import ModelView, view_of
-from svlm.compress.base import Context, Notes, Pass
+from svlm.compress.base import Pass
 from svlm.compress.errors import PromiseBroken, SelectorError, Unmet, WorkFailed
 from svlm.compress.pipeline import apply_pass
 from svlm.compress.runtime.grid import on_grid
@@ -25,34 +23,7 @@ from svlm.passes.quantize._gptq import gptq
 from svlm.passes.quantize.gptq import GPTQ
 from svlm.passes.quantize.rtn import RTN
 from tests import zoo
-
-BF16 = torch.bfloat16
-ALL = ("vision", "connector", "language")
-
-
-def fresh(family: str = "llava") -> ModelView:
-    view = view_of(zoo.model(family))
-    view.storage_dtype = BF16
-    storage.round_to_storage(view)
-    return view
-
-
-def batches(family: str = "llava") -> list[dict[str, torch.Tensor]]:
-    return [zoo.batch(family, samples=3, seed=seed) for seed in range(3)]
-
-
-def context(view: ModelView, data: Any = None, scratch: Path | None = None) -> Context:
-    data = batches() if data is None else data
-    return Context(data, lambda where=None, **o: Walk(view, data, where, scratch=scratch, **o), lambda: nullcontext())
-
-
-def run(step: Pass, view: ModelView | None = None, **options: Any) -> tuple[ModelView, Notes]:
-    view = view or fresh()
-    return view, apply_pass(step, view, context(view, **options))
-
-
-def weights(view: ModelView, where: Any = None) -> dict[str, torch.Tensor]:
-    return {ref.path: ref.module.weight.detach().clone() for ref in view.linears(where)}
+from tests.passes.quantize.helpers import ALL, BF16, batches, check_resumes, context, fresh, run, weights
 
 
 def test_settings_that_no_model_could_take() -> None:
@@ -388,53 +359,13 @@ def test_the_asymmetric_term_is_refused_where_tokens_are_dropped() -> None:
         run(GPTQ(group=8, asymmetric=0.25), view)
 
 
-class Killed(BaseException):
-    pass
-
-
-def killed_after(units: int) -> Callable[[Any], Any]:
-    """A context's walk that ends as a killed process does."""
-
-    def walking(walk: Any) -> Any:
-        for number, unit in enumerate(walk):
-            if number == units:
-                raise Killed
-            yield unit
-
-    return walking
-
-
-class Doomed:
-    """A walk that dies before its unit number `units`."""
-
-    def __init__(self, walk: Walk, units: int) -> None:
-        self.walk, self.units = walk, units
-
-    def __iter__(self) -> Any:
-        return killed_after(self.units)(self.walk)
-
-    @property
-    def notes(self) -> Any:
-        return self.walk.notes
-
-
 @pytest.mark.parametrize(
     "step",
     [GPTQ(bits=3, group=8), RTN(bits=3, group=32), GPTQ(bits=3, group=8, asymmetric=0.25)],
     ids=["gptq", "rtn", "gptaq"],
 )
 def test_a_killed_pass_resumes_at_the_finished_block_with_the_same_numbers(step: Pass, tmp_path: Path) -> None:
-    calm, wanted = run(step)
-    dead, data = fresh(), batches()
-    doomed = Context(data, lambda where, **o: Doomed(Walk(dead, data, where, scratch=tmp_path, **o), 4), nullcontext)
-    with pytest.raises(Killed):
-        step.apply(dead, doomed)
-    view, notes = run(step, scratch=tmp_path)
-    assert notes == wanted and view.grids.keys() == calm.grids.keys()
-    state = calm.model.state_dict()
-    assert all(torch.equal(tensor, state[name]) for name, tensor in view.model.state_dict().items())
-    assert all(torch.equal(grid.scale, calm.grids[path].scale) for path, grid in view.grids.items())
-    step.ensures(view)
+    check_resumes(step, 4, tmp_path)
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2.5-vl", "gemma3", "blip-2", "florence-2", "trocr"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 
 from svlm.calib.walk import Walk
 from svlm.compress.anatomy import ModelView
-from svlm.compress.base import Context, Pass
+from svlm.compress.base import Pass
 from svlm.compress.errors import PromiseBroken, Unmet
 from svlm.compress.pipeline import apply_pass
 from svlm.compress.runtime.grid import on_grid
@@ -23,7 +22,7 @@ from svlm.passes.quantize.hqq import HQQ
 from svlm.passes.quantize.round import Round
 from svlm.passes.quantize.rtn import RTN
 from tests import zoo
-from tests.passes.quantize.test_passes import ALL, Doomed, Killed, batches, context, fresh, run, weights
+from tests.passes.quantize.helpers import ALL, batches, check_resumes, context, fresh, run, weights
 
 QUICK = {"bits": 3, "group": 8, "steps": 20, "batch_size": 3}
 
@@ -136,17 +135,7 @@ def test_weights_of_tokens_reach_the_loss() -> None:
 @pytest.mark.parametrize("init", ["rtn", "gptq"])
 def test_a_killed_pass_resumes_at_the_finished_block_with_the_same_weights(init: Any, tmp_path: Path) -> None:
     step = Round(**QUICK | {"steps": 6, "batch_size": 1, "init": init})
-    calm, wanted = run(step)
-    dead, data = fresh(), batches()
-    doomed = Context(data, lambda where, **o: Doomed(Walk(dead, data, where, scratch=tmp_path, **o), 5), nullcontext)
-    with pytest.raises(Killed):
-        step.apply(dead, doomed)
-    view, notes = run(step, scratch=tmp_path)
-    assert notes == wanted and view.grids.keys() == calm.grids.keys()
-    state = calm.model.state_dict()
-    assert all(torch.equal(tensor, state[name]) for name, tensor in view.model.state_dict().items())
-    assert all(torch.equal(grid.scale, calm.grids[path].scale) for path, grid in view.grids.items())
-    step.ensures(view)
+    check_resumes(step, 5, tmp_path)
 
 
 def test_a_block_that_no_token_reaches_and_one_that_is_not_finite_are_counted() -> None:

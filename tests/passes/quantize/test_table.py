@@ -20,7 +20,7 @@ from svlm.compress.runtime.grid import packed_bytes
 from svlm.passes.quantize.gptq import GPTQ
 from svlm.passes.quantize.rtn import RTN
 from tests import zoo
-from tests.passes.quantize.test_passes import BF16, context, fresh, weights
+from tests.passes.quantize.helpers import BF16, context, fresh, weights
 
 ROWS = 3000
 LOADED_BY_OTHERS = ("llava", "gemma3", "blip-2-t5", "florence-2")  # free; tied and scaled; three modules, one tensor

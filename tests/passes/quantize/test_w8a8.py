@@ -14,7 +14,7 @@ from torch import nn
 from svlm.calib.stats import AbsMax, Extremes, Histogram, modality_weights
 from svlm.calib.walk import Walk
 from svlm.compress import storage
-from svlm.compress.anatomy import ModelView, TokenMasks, view_of
+from svlm.compress.anatomy import ModelView, TokenMasks
 from svlm.compress.base import Context
 from svlm.compress.errors import PromiseBroken, Unmet, WorkFailed
 from svlm.compress.pipeline import apply_pass
@@ -30,25 +30,7 @@ from svlm.passes.quantize.smooth import Smooth
 from svlm.passes.quantize.static import Static
 from tests import zoo
 from tests.oracles import int8 as oracle
-
-BF16 = torch.bfloat16
-
-
-def fresh(family: str = "llava", dtype: torch.dtype = BF16) -> ModelView:
-    view = view_of(zoo.model(family))
-    view.storage_dtype = dtype
-    storage.round_to_storage(view)
-    return view
-
-
-def batches(family: str = "llava") -> list[dict[str, torch.Tensor]]:
-    return [zoo.batch(family, samples=3, seed=seed) for seed in range(2)]
-
-
-def run(step: Any, view: ModelView | None = None, data: Any = None, scratch: Path | None = None) -> Any:
-    view, data = view or fresh(), batches() if data is None else data
-    ctx = Context(data, lambda where=None, **o: Walk(view, data, where, scratch=scratch, **o), nullcontext)
-    return view, apply_pass(step, view, ctx)
+from tests.passes.quantize.helpers import BF16, batches, check_resumes, fresh, run
 
 
 def logits(model: Any, data: list[Any]) -> torch.Tensor:
@@ -327,26 +309,6 @@ def test_settings_and_refusals() -> None:
         run(Static(), view)
 
 
-class Killed(BaseException):
-    pass
-
-
 def test_a_killed_pass_resumes_with_the_same_numbers(tmp_path: Path) -> None:
     step = Static(where=("vision",), alpha=0.5)
-    calm, wanted = run(step)
-    view, data = fresh(), batches()
-
-    class Doomed(Walk):
-        def __iter__(self) -> Any:
-            for number, unit in enumerate(super().__iter__()):
-                if number == 2:
-                    raise Killed
-                yield unit
-
-    ctx = Context(data, lambda where=None, **o: Doomed(view, data, where, scratch=tmp_path, **o), nullcontext)
-    with pytest.raises(Killed):
-        step.apply(view, ctx)
-    again, notes = run(step, scratch=tmp_path)
-    assert notes == wanted and again.activations == calm.activations
-    state = calm.model.state_dict()
-    assert all(torch.equal(t, state[name]) for name, t in again.model.state_dict().items())
+    check_resumes(step, 2, tmp_path)
