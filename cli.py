@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .compress import __version__
-from .compress.errors import DataError, GateFailed, PromiseBroken, RecipeError, SvlmError
+from .compress.errors import DataError, GateFailed, PromiseBroken, SvlmError
 from .compress.export.table import FORMATS, format_table
 from .compress.options import (
+    Assignments,
     Commands,
     PipeClosed,
     State,
@@ -26,6 +27,7 @@ from .compress.options import (
     data_option,
     debug,
     gate_option,
+    lazy_option,
     loading,
     printing,
     speed,
@@ -146,7 +148,7 @@ def inspect(model: str, anatomy: Path | None, trust_remote_code: bool, as_json: 
 @speed
 @printing
 def plan(
-    model: str, recipe: str, data: str | None, assignments: tuple[str, ...], gate: str | None, anatomy: Path | None,
+    model: str, recipe: str, data: str | None, assignments: Assignments, gate: str | None, anatomy: Path | None,
     trust_remote_code: bool, batch_size: int, as_json: bool,
 ) -> None:  # fmt: skip
     """What RECIPE would do to MODEL, in order, with the checks. Touches nothing.
@@ -178,16 +180,13 @@ def plan(
 @click.option("-o", "--output", "out", type=click.Path(path_type=Path), required=True, help="Folder for the result.")
 @click.option("--resume", is_flag=True, help="Go on where an interrupted run stopped.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier svlm run in OUT.")
-@click.option(
-    "--lazy/--eager", default=None, help="Weights read from a temporary file piece by piece, or all in memory. "
-    "[default: lazy where they would take a quarter of the free memory]",
-)  # fmt: skip
+@lazy_option
 @loading
 @speed
 @printing
 @click.pass_obj
 def compress(
-    state: State, model: str, recipe: str, data: str | None, out: Path, assignments: tuple[str, ...], gate: str | None,
+    state: State, model: str, recipe: str, data: str | None, out: Path, assignments: Assignments, gate: str | None,
     resume: bool, overwrite: bool, lazy: bool | None, anatomy: Path | None, trust_remote_code: bool, batch_size: int,
     as_json: bool,
 ) -> None:  # fmt: skip
@@ -364,22 +363,14 @@ def bench(
     _print_json(facts) if as_json else print_kernels(facts)
 
 
-def _recipe(source: str, assignments: tuple[str, ...], gate: str | None) -> Recipe:
+def _recipe(source: str, assignments: Assignments, gate: str | None) -> Recipe:
     from .compress.gate import Gate
     from .compress.recipe import read_recipe
     from .passes import find
     from .recipes import SHIPPED
 
-    made = read_recipe(source, find, SHIPPED).override([_assignment(text) for text in assignments])
+    made = read_recipe(source, find, SHIPPED).override(assignments)
     return made if gate is None else made.with_gate(Gate.parse(gate))
-
-
-def _assignment(text: str) -> tuple[str, str, str]:
-    name, colon, rest = text.partition(":")
-    key, equals, value = rest.partition("=")
-    if not (name and colon and key and equals):
-        raise RecipeError("-p wants PASS:KEY=VALUE", found=text, change="for example -p quantize.gptq:bits=3")
-    return name, key, value
 
 
 def _data(data: str | None, model: str) -> str:

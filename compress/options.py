@@ -15,6 +15,10 @@ from typing import Any
 
 import click
 
+from .errors import RecipeError
+
+Assignments = list[tuple[str, str, str]]  # pass, key, value
+
 
 @dataclasses.dataclass
 class State:
@@ -57,6 +61,18 @@ def _threads(_: click.Context, __: click.Parameter, value: int | None) -> None:
         os.environ["OMP_NUM_THREADS"] = str(value)  # before torch is imported
 
 
+def _assignments(_: click.Context, __: click.Parameter, texts: tuple[str, ...]) -> Assignments:
+    """`PASS:KEY=VALUE` as (pass, key, value)."""
+    found = []
+    for text in texts:
+        name, colon, rest = text.partition(":")
+        key, equals, value = rest.partition("=")
+        if not (name and colon and key and equals):
+            raise RecipeError("-p wants PASS:KEY=VALUE", found=text, change="for example -p quantize.gptq:bits=3")
+        found.append((name, key, value))
+    return found
+
+
 debug = click.option(
     "--debug", is_flag=True, expose_value=False, is_eager=True, callback=_debug, help="Show the traceback of an error."
 )
@@ -65,12 +81,17 @@ recipe_option = click.option(
     "-r", "--recipe", required=True, metavar="RECIPE", help="A YAML file, or: default, int4, tokens-half, tiny."
 )
 set_option = click.option(
-    "-p", "--set", "assignments", multiple=True, metavar="PASS:KEY=VALUE", help="Override a setting; may be repeated."
-)
+    "-p", "--set", "assignments", multiple=True, callback=_assignments, metavar="PASS:KEY=VALUE",
+    help="Override a setting; may be repeated.",
+)  # fmt: skip
 gate_option = click.option("--gate", metavar="TEXT", help='One gate for all: "exact_match max_drop=0.01 on_fail=skip".')
 anatomy_option = click.option(
     "--anatomy", type=click.Path(path_type=Path), metavar="ROW.YAML", help="Where the parts of an unknown family live."
 )
+lazy_option = click.option(
+    "--lazy/--eager", default=None, help="Weights read from a temporary file piece by piece, or all in memory. "
+    "[default: lazy where they would take a quarter of the free memory]",
+)  # fmt: skip
 trust_option = click.option("--trust-remote-code", is_flag=True, help="Run the Python code that a checkpoint brings.")
 threads_option = click.option(
     "--threads", type=click.IntRange(1), callback=_threads, expose_value=False, help="CPU threads."
