@@ -180,9 +180,14 @@ def _fit_type(value: Any, hint: Any, key: str, place: str) -> Any:
 
 
 def _spell(hint: Any) -> str:
-    if typing.get_origin(hint) is Literal:
-        return "one of " + ", ".join(str(a) for a in typing.get_args(hint))
-    return getattr(hint, "__name__", str(hint)).replace("NoneType", "null")
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return "one of " + ", ".join(str(a) for a in args)
+    if origin is tuple:
+        return f"a list (each {_spell(args[0])})"
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_spell(a) for a in args)
+    return {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}.get(hint, "null")
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ...compress.base import Context, Pass
-from ...compress.errors import Unmet
+from ...compress.errors import SelectorError, Unmet
 
 if TYPE_CHECKING:
     import torch
@@ -31,9 +31,15 @@ def chosen(model: ModelView, where: tuple[str, ...] | str) -> tuple[tuple[str, .
         model.linears(where)  # says that nothing is selected
     table, wanted, left = model.table, False, []
     for entry in entries:
-        tied = table.head is not None and entry != NAME and model.linears(entry) == (table.head,)
-        wanted = wanted or tied or entry == NAME
-        if not tied and entry != NAME:
+        if entry == NAME:
+            wanted = True
+            continue
+        try:
+            tied = model.linears(entry) == (table.head,)
+        except SelectorError as error:
+            raise SelectorError(error.what, found=error.found, change=f"{error.change}; or '{NAME}'") from error
+        wanted = wanted or tied
+        if not tied:
             left.append(entry)
     return tuple(left), table if wanted else None
 

@@ -53,8 +53,13 @@ class KVCache(Pass):
     def requires(self, model: ModelView, ctx: Context) -> None:
         from ...compress.runtime.kv_cache import installed
 
-        if installed(model.model) is not None:
-            raise Unmet(f"{self.name}: the cache is packed already", found=str(installed(model.model)))
+        packed = installed(model.model)
+        if packed is not None:
+            raise Unmet(
+                f"{self.name}: the cache is packed already",
+                found=f"{packed.bits} bits",
+                change="leave out one of the two passes",
+            )
         config = getattr(model.model, "generation_config", None)
         if config is None:
             reason = f"a {type(model.model).__name__} has no generate()"

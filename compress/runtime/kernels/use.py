@@ -141,7 +141,12 @@ def says(facts: Mapping[str, Any]) -> list[str]:
             f"in {share:.2f} of the time of dequantized ones."
         )
     said += [f"Not used here: {name}: {why}" for name, why in facts["dropped"].items()]
-    said += [f"{path} stays as it was: {why}" for path, why in facts["dense"].items()]
+    reasons: dict[str, list[str]] = {}
+    for path, why in facts["dense"].items():
+        reasons.setdefault(why, []).append(path)
+    for why, paths in reasons.items():
+        more = f" and {len(paths) - 1} more linears stay as they were" if len(paths) > 1 else " stays as it was"
+        said.append(f"{paths[0]}{more}: {why}")
     return said
 
 

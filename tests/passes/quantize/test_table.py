@@ -148,3 +148,8 @@ def test_two_kinds_of_grids_are_svlm_load_s_alone_and_said_to_be(tmp_path: Path)
         export_model(tmp_path / "saved", "gptq", tmp_path / "gptq", find=passes.find)
     facts = export_model(tmp_path / "saved", "gptq_v2", tmp_path / "dense", find=passes.find, dense=True)
     assert list(facts["dense"]) == [view.table.path]
+
+
+def test_a_misspelt_selector_is_told_of_the_embeddings():
+    with pytest.raises(SelectorError, match="or 'embeddings'"):
+        run(RTN(where=("embedings",)), large(tied=False))
