@@ -61,7 +61,7 @@ def test_counts_windows_cross_attention_and_reduced_tokens():
 
 def test_refusals():
     view, _ = applied("llava", KVCache())
-    with pytest.raises(Unmet, match="found: [248] bits"):
+    with pytest.raises(Unmet, match=r"found: [248] bits"):
         KVCache(bits=8).requires(view, context(view, view, []))
     view = view_of(zoo.model("trocr"))
     with pytest.raises(Unmet, match="use_cache: false"):
