@@ -7,13 +7,15 @@ through stock transformers with the other project's kernels on CPU, and asked ch
 runs. Its answers are compared with those of `svlm.load` of the same result in bfloat16 and in float32; an answer whose
 two best tokens are nearly tied can differ between those two as well, so that their difference is given beside. `logits`:
 distance of the first answer token's logits from svlm's in bfloat16, as a share of their norm. `openvino` is svlm's own
-runtime. Formats whose loader is not installed are left out and named.
+runtime. Formats whose loader is not installed are left out and named; what the file knows of others stays, so that
+loaders which need different environments can be asked one after the other.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import os
 import sys
 import tempfile
@@ -45,11 +47,9 @@ def answers(model: Any, view: Any, samples: Any, dtype: torch.dtype) -> tuple[li
         batch = encoder.prompts(samples[start : start + 20])
         batch = {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items()}
         with torch.no_grad():
-            out = model.generate(
-                **batch, max_new_tokens=TOKENS, do_sample=False, output_logits=True, return_dict_in_generate=True
-            )
-        said += encoder.decode(out.sequences[:, batch["input_ids"].shape[1] :])
-        first.append(out.logits[0].float())
+            tokens = model.generate(**batch, max_new_tokens=TOKENS, do_sample=False)
+            first.append(model(**batch).logits[:, -1].float())
+        said += encoder.decode(tokens[:, batch["input_ids"].shape[1] :])
     return said, torch.cat(first)
 
 
@@ -81,7 +81,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     o = parser.parse_args()
     samples = svlm.CalibrationSet.load("demo", fit=128, check=o.questions).check
-    facts: dict[str, Any] = {"questions": len(samples)}
+    facts: dict[str, Any] = json.loads(o.json.read_text()) if o.json.is_file() else {}
+    if facts.get("questions") != len(samples):
+        facts = {"questions": len(samples)}
     with tempfile.TemporaryDirectory() as scratch:
         source = Path(scratch) / "quantized"
         quantized("quantize.gptq", source)

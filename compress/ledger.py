@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
@@ -52,6 +52,21 @@ class Ledger:
         raise ModelError(
             f"{step.name} was never applied to this model", found=", ".join(r.name for r in self) or "no pass"
         )
+
+    def rename(self, rename: Callable[[str], str | None]) -> None:
+        """What the records say by dotted path of a module, they say by its new path; None: of a module that is gone."""
+
+        def anew(value: Json) -> Json:
+            if isinstance(value, str):
+                return rename(value)
+            if isinstance(value, Mapping):
+                pairs = ((rename(str(key)), anew(entry)) for key, entry in value.items())
+                return {key: entry for key, entry in pairs if key is not None}
+            if isinstance(value, (list, tuple)):
+                return [entry for entry, old in ((anew(old), old) for old in value) if entry is not None or old is None]
+            return value
+
+        self._records = [Record(r.name, r.settings, anew(r.record)) for r in self._records]
 
     def to_json(self) -> list[Json]:
         return [asdict(r) for r in self._records]

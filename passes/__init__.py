@@ -14,6 +14,7 @@ from ..compress.errors import RecipeError, did_you_mean
 
 MENU = {
     "prune.structured": "prune.structured:Structured",
+    "prune.layers": "prune.layers:Layers",
     "distill.logits": "distill.logits:Logits",
     "tokens.dpp": "tokens.dpp:DPP",
     "tokens.random": "tokens.random:Random",

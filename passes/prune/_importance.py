@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -84,6 +84,21 @@ def taylor(weight: Tensor, gradients: Sequence[Tensor], units: int) -> Tensor:
     for gradient in gradients:
         scores += (weight.detach() * gradient).double().sum(0).cpu().reshape(units, -1).sum(1).abs()
     return scores / max(1, len(gradients))
+
+
+def influence(states: Iterable[tuple[Tensor, Tensor, Tensor | None]]) -> float:
+    """Block influence ``1 - mean cos(h_in, h_out)`` over tokens (ShortGPT, arXiv 2403.03853, eq. 1).
+
+    Args:
+        states: (h_in, h_out, weights) of a block, batch after batch: [..., tokens, channels] each, and [..., tokens];
+            weights None: all 1.
+    """
+    total = mass = 0.0
+    for before, after, weights in states:
+        near = torch.nn.functional.cosine_similarity(before.detach().double(), after.detach().double(), dim=-1)
+        each = torch.ones_like(near) if weights is None else weights.to(near).reshape(near.shape)
+        total, mass = total + float((near * each).sum()), mass + float(each.sum())
+    return 1 - total / mass if mass else 0.0
 
 
 def best(scores: Tensor, count: int) -> list[int]:

@@ -63,6 +63,8 @@ def test_the_demo_model_answers_as_in_torch(four_bits: Path) -> None:
     assert svlm.load(four_bits, runtime="openvino", threads=1).notes["rebuilt"]
     with pytest.raises(UsageError, match="greedily"):
         again.generate(**prompts, do_sample=True)
+    with pytest.raises(UsageError, match="greedily"):
+        again.generate(**prompts, return_dict_in_generate=True)
 
 
 @pytest.mark.parametrize("family", ["smolvlm", "gemma3"])

@@ -14,7 +14,10 @@ from ...errors import UsageError
 from .convert import EMBEDDING, HEAD, MASKED, Call
 
 GREEDY = {"do_sample": (False, None), "num_beams": (1, None), "num_return_sequences": (1, None)}
-NEUTRAL = {"repetition_penalty": (1.0, None), "no_repeat_ngram_size": (0, None), "min_new_tokens": (0, None)}
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "repetition_penalty": (1.0, None), "no_repeat_ngram_size": (0, None), "min_new_tokens": (0, None),
+    "return_dict_in_generate": (False, None),
+}  # fmt: skip
 TAKEN = {"max_new_tokens", "eos_token_id", "pad_token_id", *GREEDY, *NEUTRAL}
 
 
