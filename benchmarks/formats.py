@@ -2,13 +2,13 @@
 
     python benchmarks/formats.py --questions 200 --json benchmarks/results/formats.json
 
-The demo model is quantized (4 bits, groups of 64, vision tower, connector and language model), saved, exported, loaded
-through stock transformers with the other project's kernels on CPU, and asked check questions in bfloat16, as that loader
-runs. Its answers are compared with those of `svlm.load` of the same result in bfloat16 and in float32; an answer whose
-two best tokens are nearly tied can differ between those two as well, so that their difference is given beside. `logits`:
-distance of the first answer token's logits from svlm's in bfloat16, as a share of their norm. `openvino` is svlm's own
-runtime. Formats whose loader is not installed are left out and named; what the file knows of others stays, so that
-loaders which need different environments can be asked one after the other.
+The demo model is quantized (4 bits, groups of 64, vision tower, connector and language model), saved, exported,
+loaded through stock transformers with the other project's kernels on CPU, and asked check questions in bfloat16, as
+that loader runs. Its answers are compared with those of `svlm.load` of the same result in bfloat16 and in float32; an
+answer whose two best tokens are nearly tied can differ between those two as well, so that their difference is given
+beside. `logits`: distance of the first answer token's logits from svlm's in bfloat16, as a share of their norm.
+`openvino` is svlm's own runtime. Formats whose loader is not installed are left out and named; what the file knows of
+others stays, so that loaders which need different environments can be asked one after the other.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def main() -> None:
             }
             print(name, facts[name], file=sys.stderr, flush=True)
             write_json(o.json, facts)
-    print(f"of {len(samples)} answers        as svlm in bf16   as svlm in f32   as either   svlm bf16 = f32   logits apart")
+    print(f"of {len(samples)} answers     as svlm in bf16, as svlm in f32, as either, svlm bf16 = f32, logits apart")
     for name in o.formats:
         f = facts[name]
         if isinstance(f, str):

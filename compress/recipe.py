@@ -8,6 +8,7 @@
       - prune.structured: {ratio: 0.3}
       - quantize.gptq: {bits: 4, group: 64}
         gate: {metric: exact_match, max_drop: 0.01, on_fail: retry}
+      - repeat: {times: 2, passes: [prune.structured: {ratio: 0.2}, distill.logits: {steps: 200}]}
 
 Names resolve through the menu that is passed in, never as code paths: a recipe cannot run code of its own.
 """
@@ -15,7 +16,7 @@ Names resolve through the menu that is passed in, never as code paths: a recipe 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from .errors import RecipeError, did_you_mean
 from .gate import Gate
 
 Menu = Callable[[str], type[Pass]]  # name -> class; raises RecipeError for an unknown name
+REPEAT = "repeat: {times: 3, passes: [prune.structured: {ratio: 0.2}, distill.logits: {steps: 200}]}"
 DEFAULT_GATE = Gate(metric="exact_match", max_drop=0.02)
 
 
@@ -55,12 +57,10 @@ class Recipe:
     name: str = "recipe"
 
     def to_json(self) -> dict[str, Json]:
-        passes = []
+        passes: list[Json] = []
         for s in self.steps:
-            row: dict[str, Json] = {s.step.name: s.step.settings()}
-            if s.gate is not None:
-                row["gate"] = s.gate.to_json()
-            passes.append(row)
+            gate = None if s.gate is None else s.gate.to_json()
+            passes.append({s.step.name: s.step.settings(), "gate": gate})
         return {"name": self.name, "calibration": dataclasses.asdict(self.calibration), "passes": passes}
 
     @classmethod
@@ -85,8 +85,7 @@ class Recipe:
                 found=repr(rows),
                 change="passes: [{quantize.gptq: {bits: 4}}]",
             )
-        steps = tuple(_step(row, gate, menu, f"{name}: passes[{i}]") for i, row in enumerate(rows))
-        return cls(steps, calibration, str(value.get("name", name)))
+        return cls(tuple(_steps(rows, gate, menu, f"{name}: passes")), calibration, str(value.get("name", name)))
 
     def override(self, assignments: list[tuple[str, str, str]]) -> Recipe:
         """Replace settings: (pass name, key, YAML value), as `-p quantize.gptq:bits=3` gives them, in every such step.
@@ -136,6 +135,34 @@ def read_recipe(source: str | Path, menu: Menu, shipped: Mapping[str, Path]) -> 
     return Recipe.from_json(value, menu, name=path.stem)
 
 
+def _steps(rows: list[Json], gate: Gate | None, menu: Menu, where: str) -> Iterator[Step]:
+    """The steps of a list; ``repeat: {times: 3, passes: [...]}`` stands for its passes three times over."""
+    for i, row in enumerate(rows):
+        place = f"{where}[{i}]"
+        if not isinstance(row, Mapping) or "repeat" not in row:
+            yield _step(row, gate, menu, place)
+            continue
+        inside = row["repeat"]
+        if not isinstance(inside, Mapping):
+            raise RecipeError("'repeat' is a mapping", where=place, found=repr(inside)[:80], change=REPEAT)
+        _known(row, {"repeat", "gate"}, place)
+        _known(inside, {"times", "passes"}, f"{place}: repeat")
+        times, passes = inside.get("times"), inside.get("passes")
+        if type(times) is not int or times < 1:
+            raise RecipeError("'times' is a whole number of at least 1", where=place, found=repr(times), change=REPEAT)
+        if not isinstance(passes, list) or not passes:
+            raise RecipeError("'repeat' lists at least one pass", where=place, found=repr(passes), change=REPEAT)
+        once = list(_steps(passes, _own_gate(row, gate, place), menu, f"{place}: repeat: passes"))
+        for _ in range(times):
+            yield from once
+
+
+def _own_gate(row: Mapping[str, Json], gate: Gate | None, where: str) -> Gate | None:
+    if "gate" not in row:
+        return gate
+    return None if row["gate"] in (None, False) else Gate.from_json(row["gate"], where=f"{where}: gate")
+
+
 def _step(row: Json, gate: Gate | None, menu: Menu, where: str) -> Step:
     if isinstance(row, str):
         row = {row: {}}
@@ -157,10 +184,7 @@ def _step(row: Json, gate: Gate | None, menu: Menu, where: str) -> Step:
     settings = row[names[0]] or {}
     if not isinstance(settings, Mapping):
         raise RecipeError(f"the settings of {name} are a mapping", where=where, found=repr(settings))
-    own: Gate | None = gate
-    if "gate" in row:
-        own = None if row["gate"] in (None, False) else Gate.from_json(row["gate"], where=f"{where}: gate")
-    return Step(kind.from_settings(settings, where=f"{where}: {name}"), own)
+    return Step(kind.from_settings(settings, where=f"{where}: {name}"), _own_gate(row, gate, where))
 
 
 def _calibration(value: Json, where: str) -> Calibration:

@@ -10,6 +10,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -67,11 +68,11 @@ def without(model: Any, positions: Positions) -> Removal:
     """
     config: Any = copy.deepcopy(model.config)
     edits: dict[str, Json] = {}
-    built = blueprint(model, config)
+    built = None
     wanted = shapes_of(model)
     for path, removed in positions.items():
         wanted = _renumbered(wanted, path, removed)
-        for trial in _candidates(config, path, len(model.get_submodule(path)), removed):
+        for trial in _candidates(config, _config_class(model, path), len(model.get_submodule(path)), removed):
             edited = edit(copy.deepcopy(config), trial)
             try:
                 attempt = blueprint(model, edited)
@@ -87,7 +88,24 @@ def without(model: Any, positions: Positions) -> Removal:
                 where=", ".join(f"{path}.{i}" for i in removed),
                 change="select other blocks, or fewer",
             )
+    if built is None:
+        built = blueprint(model, config)
+    if _uncached(built) > 0 >= _uncached(model):
+        raise Unmet(
+            "transformers would make a cache of fewer layers than the decoder has",
+            where=", ".join(f"{path}.{i}" for path, removed in positions.items() for i in removed),
+            change="select the blocks of the decoder",
+        )
     return Removal(positions, edits, built)
+
+
+def _uncached(model: Any) -> int:
+    """How many attention layers the cache that `generate` makes from the config is short of."""
+    from transformers import DynamicCache
+
+    numbers = [vars(module)["layer_idx"] for module in model.modules() if type(vars(module).get("layer_idx")) is int]
+    held = len(DynamicCache(config=model.config.get_text_config(decoder=True)).layers)
+    return max(numbers, default=-1) + 1 - held if held else 0
 
 
 def _renumbered(shapes: Shapes, path: str, removed: Sequence[int]) -> Shapes:
@@ -111,9 +129,19 @@ def renumbering(path: str, removed: Sequence[int]) -> Callable[[str], str | None
     return rename
 
 
-def _candidates(config: Any, path: str, length: int, removed: Sequence[int]) -> Iterator[dict[str, Json]]:
-    """Edits worth trying: a number of blocks, and all that counts the blocks of the same part."""
-    for spot, part in config_tree(config):
+def _config_class(model: Any, path: str) -> type:
+    """Of the config of the module around the list."""
+    while path:
+        path = path.rpartition(".")[0]
+        config = vars(model.get_submodule(path)).get("config")
+        if config is not None:
+            return type(config)
+    return type(model.config)
+
+
+def _candidates(config: Any, likely: type, length: int, removed: Sequence[int]) -> Iterator[dict[str, Json]]:
+    """Edits worth trying, those of a `likely` config first: a number of blocks, and all that counts the same blocks."""
+    for spot, part in sorted(config_tree(config), key=lambda item: type(item[1]) is not likely):
         for key in COUNT_KEYS:
             if vars(part).get(key) != length:
                 continue
@@ -159,7 +187,7 @@ def take_out(model: Any, removal: Removal) -> Callable[[], None]:
     for path, removed in removal.positions.items():
         holder = model.get_submodule(path)
         blocks = list(holder)
-        undo.append(lambda holder=holder, blocks=blocks: _fill(holder, blocks))
+        undo.append(partial(_fill, holder, blocks))
         _fill(holder, [block for i, block in enumerate(blocks) if i not in removed])
     keys = {path.rpartition(".")[2] for path in removal.edits}
     theirs = dict(removal.built.named_modules())

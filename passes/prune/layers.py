@@ -11,7 +11,7 @@ from ...compress.errors import PromiseBroken, Unmet, WorkFailed
 
 if TYPE_CHECKING:
     from ...compress.anatomy import ModelView
-    from ._depth import Removal
+    from ._depth import Positions, Removal
 
 FILE = "removed.json"  # in the pass's scratch: the rounds that are done
 
@@ -70,13 +70,13 @@ class Layers(Pass):
     def apply(self, model: ModelView, ctx: Context) -> Notes:
         from ._depth import place, take_out, without
 
-        _, pinned = self._candidates(model, {})
+        candidates, pinned = self._candidates(model, {})
         if self.criterion == "kl":
-            rounds = self._greedy(model, ctx)
+            rounds = self._greedy(model, ctx, candidates)
             chosen = [row["removed"] for row in rounds]
             numbers: dict[str, Json] = {"kl": [row["scores"] for row in rounds]}
         else:
-            chosen, numbers = self._ranked(model, ctx)
+            chosen, numbers = self._ranked(model, ctx, list(candidates))
         by_name = {unit.name: unit for unit in model.units}
         positions: dict[str, list[int]] = {}
         for path, i in sorted(place(by_name[name]) for name in chosen):
@@ -102,7 +102,9 @@ class Layers(Pass):
         for path, length in model.ledger.record_of(self)["lengths"].items():
             found = len(model.model.get_submodule(path))
             if found > length:
-                raise PromiseBroken(f"{self.name} promised fewer blocks", where=path, found=f"{found}, at most {length}")
+                raise PromiseBroken(
+                    f"{self.name} promised fewer blocks", where=path, found=f"{found}, at most {length}"
+                )
 
     def rebuild(self, model: ModelView, record: Mapping[str, Json]) -> None:
         """Nothing where the model was built from the shorter config."""
@@ -129,7 +131,7 @@ class Layers(Pass):
     def _candidates(
         self, model: ModelView, gone: Mapping[str, Sequence[int]]
     ) -> tuple[dict[str, Removal], dict[str, str]]:
-        """Each block that may go next, with the removal of it and of those that are `gone`; blocks that stay, and why."""
+        """Each block that may go next, with its removal and that of those `gone`; the blocks that stay, and why."""
         from ._depth import lists, place, without
 
         found: dict[str, Removal] = {}
@@ -153,7 +155,7 @@ class Layers(Pass):
                     pinned[unit.name] = error.what
         return found, pinned
 
-    def _greedy(self, model: ModelView, ctx: Context) -> list[dict[str, Any]]:
+    def _greedy(self, model: ModelView, ctx: Context, candidates: dict[str, Removal]) -> list[dict[str, Any]]:
         """One round a removal: {removed: name, scores: {name: KL}}, names as they are before the first."""
         from ...compress.disk import read_json, write_json
         from ._depth import place
@@ -165,17 +167,18 @@ class Layers(Pass):
             gone: dict[str, list[int]] = {}
             for path, i in sorted(place(by_name[row["removed"]]) for row in rounds):
                 gone.setdefault(path, []).append(i)
-            candidates, _ = self._candidates(model, gone)
+            if gone:
+                candidates, _ = self._candidates(model, gone)
             if not candidates:
                 raise WorkFailed(f"{self.name} finds no further block that may go", found=f"{len(rounds)} removed")
-            scores = self._scores(model, ctx, candidates, f"block {len(rounds) + 1} of {self.count}")
+            scores = self._scores(model, ctx, gone, candidates, f"block {len(rounds) + 1} of {self.count}")
             rounds.append({"removed": min(scores, key=lambda name: scores[name]), "scores": scores})
             if kept:
                 write_json(kept, rounds)
         return rounds
 
     def _scores(
-        self, model: ModelView, ctx: Context, candidates: Mapping[str, Removal], title: str
+        self, model: ModelView, ctx: Context, gone: Positions, candidates: Mapping[str, Removal], title: str
     ) -> dict[str, float]:
         """Mean KL of an answer token from the original's, with each removal."""
         import torch
@@ -183,7 +186,7 @@ class Layers(Pass):
         from ...calib.balance import answer_logits
         from ...calib.metrics.divergence import kl, log_probabilities
         from ...calib.replay import patched, recording, replaying, samples
-        from ._depth import lacking
+        from ._depth import lacking, without
 
         def answers(view: ModelView, batch: Any) -> torch.Tensor:
             logits, labels = answer_logits(view, batch)
@@ -192,6 +195,7 @@ class Layers(Pass):
         tower = model.tower
         replayed = not any(unit.part == "vision" for unit in model.units if unit.name in candidates)
         total, tokens, asked = dict.fromkeys(candidates, 0.0), 0, 0
+        base = without(model.model, gone)
         batches = []
         for batch in ctx.fit:
             if asked < self.samples:
@@ -199,12 +203,13 @@ class Layers(Pass):
                 asked += samples(batch)
         ctx.progress.start(title, len(batches) * len(candidates))
         with ctx.teacher() as original, evaluating(model.model):
+            answers(model, batches[0])  # transformers hooks the blocks that are there when a model first runs
             for batch in batches:
                 wanted = answers(original, batch)
                 tokens += len(wanted)
                 seen: list[Any] = []
                 if replayed:
-                    with patched({tower: recording(tower, seen, True)}):
+                    with lacking(model.model, base), patched({tower: recording(tower, seen, True)}):
                         answers(model, batch)
                 for name, removal in candidates.items():
                     again = {tower: replaying(model.tower_path, seen, True)} if replayed else {}
@@ -216,12 +221,10 @@ class Layers(Pass):
             raise WorkFailed("the fit split has no answer token", change="give answers, or criterion: influence")
         return {name: value / tokens for name, value in total.items()}
 
-    def _ranked(self, model: ModelView, ctx: Context) -> tuple[list[str], dict[str, Json]]:
+    def _ranked(self, model: ModelView, ctx: Context, candidates: list[str]) -> tuple[list[str], dict[str, Json]]:
         """The blocks to remove by one ranking, and for the notes the scores."""
         import torch
 
-        candidates, _ = self._candidates(model, {})
-        scores: dict[str, float] = {}
         if self.criterion == "random":
             order = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(ctx.seed + self.seed))
             scores = {name: float(rank) for name, rank in zip(candidates, order)}
@@ -256,7 +259,9 @@ class Layers(Pass):
             blocks = [unit for unit in units if unit.index is not None]
             if blocks:
                 first = before.get(part, list(range(len(blocks))))
-                found[part] = [first[unit.index] for unit in blocks if unit.name not in removed and unit.index is not None]
+                found[part] = [
+                    first[unit.index] for unit in blocks if unit.name not in removed and unit.index is not None
+                ]
         return found
 
     def _rename(self, model: ModelView, removal: Removal) -> None:

@@ -55,6 +55,14 @@ def test_a_step_without_a_gate_takes_the_default_and_null_means_none():
         ({"passes": ["quantize.rtn"], "calibration": {"fitt": 3}}, "'fit'"),
         ({"passes": ["quantize.rtn"], "calibration": {"fit": 0}}, "at least 1"),
         ({"passes": ["quantize.rtn"], "calibration": {"check": 1.5}}, "whole number"),
+        ({"passes": [{"repeat": {"times": 0, "passes": ["quantize.rtn"]}}]}, "at least 1"),
+        ({"passes": [{"repeat": {"times": 2}}]}, "lists at least one pass"),
+        ({"passes": [{"repeat": {"tims": 2, "passes": ["quantize.rtn"]}}]}, "'times'"),
+        ({"passes": [{"repeat": ["quantize.rtn"]}]}, "mapping"),
+        (
+            {"passes": [{"repeat": {"times": 2, "passes": [{"quantize.gptk": {}}]}}]},
+            r"passes\[0\]: repeat: passes\[0\]",
+        ),
         ("quantize.rtn", "mapping"),
         ({"passes": ["os:system"]}, "no pass"),
     ],
@@ -62,6 +70,18 @@ def test_a_step_without_a_gate_takes_the_default_and_null_means_none():
 def test_wrong_recipes_say_what_and_where(value, word):
     with pytest.raises(RecipeError, match=word):
         Recipe.from_json(value, find)
+
+
+def test_repeat_stands_for_its_passes_several_times():
+    inside = [{"prune.structured": {"ratio": 0.2}}, {"distill.logits": {"steps": 5}, "gate": None}]
+    rows = [{"repeat": {"times": 2, "passes": inside}, "gate": {"metric": "kl", "max": 0.5}}, "quantize.rtn"]
+    recipe = Recipe.from_json({"passes": rows}, find)
+    assert [s.step.name for s in recipe.steps] == ["prune.structured", "distill.logits"] * 2 + ["quantize.rtn"]
+    gates = [s.gate for s in recipe.steps]
+    assert gates[0] == gates[2] != DEFAULT_GATE and gates[1] is gates[3] is None and gates[4] == DEFAULT_GATE
+    assert Recipe.from_json(recipe.to_json(), find).steps == recipe.steps
+    nested = {"passes": [{"repeat": {"times": 2, "passes": [{"repeat": {"times": 3, "passes": ["quantize.rtn"]}}]}}]}
+    assert len(Recipe.from_json(nested, find).steps) == 6
 
 
 def test_override_reaches_every_such_step_and_checks_types():
