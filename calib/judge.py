@@ -85,6 +85,8 @@ class Judge:
     Args:
         encoder: makes the batches. cache_dir: keeps what the original says across runs; None: in memory alone.
         batch_size: questions in a batch.
+        first: the judge of the same original while it still has all tokens, where this one speaks fewer: its answers
+            are the original's answers.
 
     Attributes:
         answers_from_original: check samples that had no answer, so that the original's own serves.
@@ -97,8 +99,9 @@ class Judge:
         original: ModelView,
         cache_dir: Path | None = None,
         batch_size: int = 32,
+        first: Judge | None = None,
     ) -> None:
-        self.encoder, self.original, self.batch_size = encoder, original, batch_size
+        self.encoder, self.original, self.batch_size, self.first = encoder, original, batch_size, first
         self._given, self._cache_dir = tuple(samples), cache_dir
         self.answers_from_original = sum(not s.answers for s in samples)
         self._reference: Reference | None = None
@@ -107,6 +110,8 @@ class Judge:
 
     def answered(self, samples: Sequence[Sample]) -> list[Sample]:
         """The samples, those without an answer with the original's own greedy one (asked once, cached)."""
+        if self.first is not None:
+            return self.first.answered(samples)
         lacking = [s for s in samples if not s.answers and _content(s) not in self._own]
         if lacking:
             with evaluating(self.original.model):
@@ -205,18 +210,23 @@ class Judge:
         progress: Progress,
         what: str,
         scored: Callable[[int, torch.Tensor, torch.Tensor], None],
+        answers: list[str] | None = None,
     ) -> list[str]:
-        """Greedy answers to the check split; calls `scored(sample, log-probabilities, those of the reference)`."""
+        """Greedy answers to the check split; calls `scored(sample, log-probabilities, those of the reference)`.
+
+        Where the `answers` are known, the model is not asked for them.
+        """
         order = self._order(self.samples, lambda s: len(s.answers[0]))
         batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
-        progress.start(what, 2 * len(batches))
+        progress.start(what, len(batches) * (2 if answers is None else 1))
         with evaluating(view.model):
             for part in batches:
                 rows = self._scores(view, [self.samples[i] for i in part])
                 for i, (log_p, target) in zip(part, rows):
                     scored(i, log_p, log_p.gather(-1, target[:, None]).squeeze(-1))
                 progress.step()
-            answers = self._answers(view, self.samples, self._new_tokens, progress)
+            if answers is None:
+                answers = self._answers(view, self.samples, self._new_tokens, progress)
         progress.done()
         return answers
 
@@ -297,7 +307,8 @@ class Judge:
                 short = True
                 rows[:] = [row and shorten(row[0], TOP) for row in rows]
 
-        answers = self._ask(self.original, progress, "asking the original", keep)
+        known = self.first.reference(progress).answers if self.first is not None else None
+        answers = self._ask(self.original, progress, "asking the original", keep, known)
         values, *more = (torch.cat(column) for column in zip(*rows))
         counts = torch.tensor([len(c) for c in chosen])
         reference = Reference(answers, values, torch.cat(chosen), counts, *more)
@@ -335,7 +346,8 @@ class Judge:
     @cached_property
     def fingerprint(self) -> str:
         """Of all that the reference depends on."""
-        digest = hashlib.sha256(f"{self._model_print} {self.batch_size} {FULL_BYTES} {TOP}".encode())
+        first = self.first.fingerprint if self.first is not None else ""
+        digest = hashlib.sha256(f"{self._model_print} {self.batch_size} {FULL_BYTES} {TOP} {first}".encode())
         for s in self._given:
             digest.update(f"{_content(s)} {s.answers!r}\n".encode())
         return digest.hexdigest()[:32]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,8 @@ from ..compress.base import Context, Json, Progress, Silent, evaluating
 from .balance import Balance
 from .cost import cost
 from .dataset import CalibrationSet
-from .encode import Encoder
-from .judge import Judge
+from .speech import Speech
 from .walk import Walk
-
-PROBE_SAMPLES = 4
 
 
 class Workbench:
@@ -32,6 +28,9 @@ class Workbench:
         cache_dir: where the original's reference outputs are kept.
         batch_size: samples in a batch, for fitting and for judging.
         latency: whether to time the model at every stage.
+
+    Attributes:
+        encoder, judge, fit: of the original's own token ids; `speaking` has those of a model with fewer tokens.
     """
 
     def __init__(
@@ -45,9 +44,10 @@ class Workbench:
         progress: Progress | None = None,
     ) -> None:
         self.original, self.data, self.latency = original, data, latency
-        self.batch_size = batch_size
-        self.encoder = Encoder(original.processor, seq2seq=original.family.seq2seq)
-        self.judge = Judge(data.check, self.encoder, original, cache_dir=cache_dir, batch_size=batch_size)
+        self.batch_size, self.cache_dir = batch_size, cache_dir
+        self._own = Speech(original, data, original, cache_dir=cache_dir, batch_size=batch_size)
+        self._other = self._own
+        self.encoder, self.judge = self._own.encoder, self._own.judge
         self.progress = progress or Silent()
 
     @cached_property
@@ -62,62 +62,70 @@ class Workbench:
             "batch_size": self.batch_size,
         }
 
-    @cached_property
+    @property
     def fit(self) -> list[Mapping[str, Any]]:
         """The fit split as model-ready batches, the original's own answers where there are none."""
-        return list(self.encoder.batches(self.judge.answered(self.data.fit), self.batch_size))
+        return self._own.fit
+
+    def speaking(self, view: ModelView, original: ModelView | None = None) -> Speech:
+        """Batches, judge and teacher in the token ids of `view`.
+
+        Args:
+            original: another model to learn from than the original, with the same tokens.
+        """
+        if original is None and view.vocabulary == self.original.vocabulary:
+            return self._own
+        if original is None and view.vocabulary == self._other.vocabulary:
+            return self._other
+        made = Speech(
+            original or self.original,
+            self.data,
+            view,
+            cache_dir=self.cache_dir,
+            batch_size=self.batch_size,
+            first=self.judge,
+        )
+        if original is None:  # the last one is kept: a run goes from one vocabulary to the next
+            self._other = made
+        return made
 
     def context(
         self, view: ModelView, *, seed: int = 0, scratch: Path | None = None, progress: Progress | None = None
     ) -> Context:
         """What a pass may use besides the model."""
-        recovery = self._recovery if self.data.recovery is not None else None
-        return _context(view, self.original, self.fit, seed, scratch, progress or self.progress, recovery)
+        speech = self.speaking(view)
+        recovery = speech.recovery if self.data.recovery is not None else None
+        return _context(view, speech, speech.fit, seed, scratch, progress or self.progress, recovery)
 
     def rehearsal(self, view: ModelView, teacher: ModelView) -> Context:
         """The same on two samples, for a shrunken copy of the model."""
-        recovery = (lambda batch_size: iter([self._pair] * 2)) if self.data.recovery is not None else None
-        return _context(view, teacher, [self._pair], 0, None, Silent(), recovery)
+        speech = self.speaking(view, teacher)
+        pair = speech.some(2)
+        recovery = (lambda batch_size: iter([pair] * 2)) if self.data.recovery is not None else None
+        return _context(view, speech, [pair], 0, None, Silent(), recovery)
 
     def measure(
         self, view: ModelView, progress: Progress | None = None
     ) -> tuple[dict[str, Json], list[dict[str, Json]]]:
         """Quality of `view` on the check split against the original, and the answer to every question."""
-        measurement = self.judge.measure(view, progress or self.progress)
+        measurement = self.speaking(view).judge.measure(view, progress or self.progress)
         return measurement.quality, measurement.items
 
     def cost(self, view: ModelView, bytes_on_disk: int | None) -> dict[str, Json]:
         """report.json's `cost`."""
-        return cost(view, self._sample_batch, bytes_on_disk=bytes_on_disk, latency=self.latency)
+        return cost(view, self.speaking(view).some(1), bytes_on_disk=bytes_on_disk, latency=self.latency)
 
-    def probe(self, view: ModelView) -> torch.Tensor:
-        """Logits `[samples, tokens, vocabulary]` on a few image prompts: what a reloaded model must reproduce."""
+    def probe(self, view: ModelView) -> dict[str, torch.Tensor]:
+        """A few image prompts, and their `logits` [samples, tokens, vocabulary]: what a reloaded model reproduces."""
+        batch = self.speaking(view).probe_batch
         with evaluating(view.model):
-            return view.model(**self.probe_batch).logits.float().contiguous()
-
-    @cached_property
-    def probe_batch(self) -> dict[str, torch.Tensor]:
-        batch = self.encoder.encode(self.judge.answered(self.data.fit[:PROBE_SAMPLES]))
-        return {k: v for k, v in batch.items() if k != "labels"}
-
-    @cached_property
-    def _sample_batch(self) -> dict[str, torch.Tensor]:
-        return self.encoder.encode(self.judge.answered(self.data.fit[:1]))
-
-    @cached_property
-    def _pair(self) -> dict[str, torch.Tensor]:
-        return self.encoder.encode(self.judge.answered(self.data.fit[:2]))
-
-    def _recovery(self, batch_size: int) -> Iterator[Mapping[str, Any]]:
-        assert self.data.recovery is not None
-        samples = iter(self.data.recovery())
-        while chunk := list(islice(samples, batch_size)):
-            yield self.encoder.encode(chunk)
+            logits = view.model(**batch).logits.float().contiguous()
+        return {k: v.contiguous() for k, v in batch.items()} | {"logits": logits}
 
 
 def _context(
     view: ModelView,
-    original: ModelView,
+    speech: Speech,
     fit: list[Mapping[str, Any]],
     seed: int,
     scratch: Path | None,
@@ -132,7 +140,7 @@ def _context(
 
     @contextmanager
     def teacher() -> Iterator[ModelView]:
-        with evaluating(original.model):
-            yield original
+        with evaluating(speech.teacher.model):
+            yield speech.teacher
 
     return Context(fit, walk, teacher, seed, progress, scratch, recovery, seconds)

@@ -91,6 +91,8 @@ class ModelView:
         processor: the Hugging Face processor, or None (a folder with weights alone).
         ledger: the passes applied so far. grids: path of a linear, or of the token
             embedding -> the grid that its weight lies on; a tied head has no entry of its own.
+        vocabulary: where tokens were taken out, the ids that those which stayed have in the original, ascending; None:
+            all are there.
         activations: path of a linear -> how it rounds its input. It is a fact of the module (`runtime/activations.py`).
         source: where the model came from. storage_dtype: what its floating weights are saved in.
     """
@@ -102,6 +104,7 @@ class ModelView:
         self.source = source
         self.ledger = Ledger()
         self.grids: dict[str, Grid] = {}
+        self.vocabulary: tuple[int, ...] | None = None
         self.storage_dtype: torch.dtype = next(model.parameters()).dtype
         self.refresh()
 

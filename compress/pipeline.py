@@ -42,7 +42,7 @@ class Bench(Protocol):
 
     def cost(self, view: ModelView, bytes_on_disk: int | None) -> dict[str, Json]: ...
 
-    def probe(self, view: ModelView) -> torch.Tensor: ...
+    def probe(self, view: ModelView) -> dict[str, torch.Tensor]: ...  # what was asked, and the `logits`
 
 
 @dataclass
@@ -171,7 +171,7 @@ class Pipeline:
         if isinstance(finished, dict):
             return finished, folder.items()
         view = self._load(folder.model)
-        _same_logits(bench.probe(view), folder.probe, f"stage {index}", logits_tolerance(view))
+        _same_logits(bench.probe(view)["logits"], folder.probe, f"stage {index}", logits_tolerance(view))
         stored = weight_bytes(folder.model)
         return self._judged(folder, view, folder.apply_facts(), bench, step, index, trial, stored)
 
@@ -301,7 +301,7 @@ def _save_applied(folder: StageFolder, view: ModelView, bench: Bench, facts: Map
 
     with whole_folder(folder.applied) as temporary:
         save(view, temporary / "model")
-        save_file({"logits": bench.probe(view)}, temporary / "probe.safetensors")
+        save_file(bench.probe(view), temporary / "probe.safetensors")
         write_json(temporary / "apply.json", facts)
 
 

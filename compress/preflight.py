@@ -83,10 +83,10 @@ def rehearse(recipe: Recipe, original: ModelView, bench: Bench, find: Finder, op
             raise WorkFailed(
                 f"{step.step.name} fails", where=where, found=f"{type(error).__name__}: {error}"
             ) from error
-    before = bench.probe(view)
+    before = bench.probe(view)["logits"]
     with tempfile.TemporaryDirectory(prefix="svlm-rehearsal-") as folder:
         save(view, Path(folder) / "model")
-        after = bench.probe(load_model(Path(folder) / "model", find=find, **options))
+        after = bench.probe(load_model(Path(folder) / "model", find=find, **options))["logits"]
     if before.shape != after.shape or not torch.allclose(before, after, rtol=1e-3, atol=1e-3):
         raise WorkFailed("the rehearsed model does not load back equal", where="rehearsal on a shrunken copy")
 
@@ -103,7 +103,7 @@ def shrunken(original: ModelView, bench: Bench) -> ModelView:
         torch.manual_seed(0)
         model = type(original.model)(config).float().eval()
         view = view_of(model, original.processor, source=original.source, rows=[original.family])
-        view.storage_dtype = original.storage_dtype
+        view.storage_dtype, view.vocabulary = original.storage_dtype, original.vocabulary
         round_to_storage(view)
         bench.probe(view)
     except Exception:  # any config may refuse in its own way; the copy is slower, not wrong
@@ -127,5 +127,5 @@ def _shrink(config: Any) -> None:
 
 def _copy(original: ModelView) -> ModelView:
     view = view_of(copy.deepcopy(original.model), original.processor, source=original.source, rows=[original.family])
-    view.storage_dtype = original.storage_dtype
+    view.storage_dtype, view.vocabulary = original.storage_dtype, original.vocabulary
     return view

@@ -15,6 +15,7 @@ from ..compress.errors import RecipeError, did_you_mean
 MENU = {
     "prune.structured": "prune.structured:Structured",
     "prune.layers": "prune.layers:Layers",
+    "prune.vocabulary": "prune.vocabulary:Vocabulary",
     "distill.logits": "distill.logits:Logits",
     "tokens.dpp": "tokens.dpp:DPP",
     "tokens.random": "tokens.random:Random",

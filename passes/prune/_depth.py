@@ -17,8 +17,9 @@ from torch import nn
 
 from ...compress.anatomy import ModelView, Unit
 from ...compress.base import Json
+from ...compress.blueprint import Shapes, blueprint, config_tree, shapes_of
 from ...compress.errors import Unmet
-from ._shapes import Shapes, blueprint, config_tree, edit, shapes_of
+from ._shapes import edit
 
 COUNT_KEYS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers", "depth")
 BLOCK_KEYS = ("fullatt_block_indexes", "deepstack_visual_indexes")  # numbers of blocks

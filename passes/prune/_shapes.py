@@ -8,13 +8,13 @@ is what a stock `from_pretrained` will build; what does not is refused with the 
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from ...compress.blueprint import blueprint, config_tree, shapes_of
 from ...compress.errors import Unmet
 from ._groups import Target, attention_of, mlp_of
 
@@ -24,7 +24,6 @@ KV_KEY, DIM_KEY = "num_key_value_heads", "head_dim"
 KEYS = (*MLP_KEYS, *HEAD_KEYS, KV_KEY, DIM_KEY)
 
 Edits = dict[str, int]  # "text_config.intermediate_size" -> value
-Shapes = dict[str, tuple[int, ...]]  # name of a parameter or buffer -> shape
 
 
 def find_edits(model: Any, targets: Sequence[Target]) -> tuple[Edits, nn.Module]:
@@ -101,15 +100,6 @@ def _say(trial: Edits) -> str:
     return ", ".join(f"{key}={value}" for key, value in trial.items())
 
 
-def config_tree(config: Any, place: str = "") -> Iterator[tuple[str, Any]]:
-    """The config and its sub-configs, each with its dotted place ("", "text_config.", ...)."""
-    yield place, config
-    for key in config.sub_configs:
-        part = vars(config).get(key)
-        if part is not None:
-            yield from config_tree(part, f"{place}{key}.")
-
-
 def edit(config: Any, edits: Mapping[str, int]) -> Any:
     """Set the values in place; returns `config`."""
     parts = dict(config_tree(config))
@@ -117,19 +107,6 @@ def edit(config: Any, edits: Mapping[str, int]) -> Any:
         place, dot, key = path.rpartition(".")
         setattr(parts[place + dot], key, value)
     return config
-
-
-def blueprint(model: Any, config: Any) -> nn.Module:
-    """The model of `config`, read back from its JSON form as `from_pretrained` would, on the meta device."""
-    from transformers import initialization
-
-    fresh = type(config).from_dict(json.loads(config.to_json_string()))
-    with initialization.no_init_weights(), initialization.meta_device_safe_creation_ops(), torch.device("meta"):
-        return type(model)(fresh)
-
-
-def shapes_of(model: nn.Module) -> Shapes:
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict(keep_vars=True).items()}
 
 
 def take_on(model: Any, built: nn.Module, edits: Mapping[str, int]) -> None:

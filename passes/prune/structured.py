@@ -92,7 +92,7 @@ class Structured(Pass):
         return Notes(numbers, {"shapes": shapes, "config": edits})
 
     def ensures(self, model: ModelView) -> None:
-        from ._shapes import config_tree
+        from ...compress.blueprint import config_tree
 
         record = model.ledger.record_of(self)
         seen = 0
@@ -118,7 +118,8 @@ class Structured(Pass):
         """Empty linears of the recorded shapes; nothing where the model was built from the pruned config."""
         import copy
 
-        from ._shapes import blueprint, edit, take_on
+        from ...compress.blueprint import blueprint
+        from ._shapes import edit, take_on
 
         if not any(_wider(found, wanted) for _, found, wanted in _recorded(model, record)):
             return
