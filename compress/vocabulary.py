@@ -79,8 +79,13 @@ def named_ids(model: Any) -> set[int]:
         Unmet: a setting of generation that no numbering is known for.
     """
     found: set[int] = set()
+
+    def note(i: int) -> int:
+        found.add(i)
+        return i
+
     for part, key in _id_places(model, table_rows(model)):
-        each_id(vars(part)[key], lambda i: (found.add(i), i)[1])
+        each_id(vars(part)[key], note)
     for generation in _generation_configs(model):
         for key in UNNUMBERED:
             value = vars(generation).get(key)
@@ -130,7 +135,7 @@ class Cut:
 
 
 def find_cut(model: Any, kept: Sequence[int]) -> Cut:
-    """What goes when only the rows `kept` of the token embedding stay; touches nothing.
+    """What goes when only the rows `kept` of the token embedding stay, `named_ids` among them; touches nothing.
 
     Raises:
         Unmet: no stock config says the shapes that would be left.
@@ -152,7 +157,8 @@ def find_cut(model: Any, kept: Sequence[int]) -> Cut:
             f"the config does not take a vocabulary of {len(kept)} tokens", found=f"{type(error).__name__}: {error}"
         ) from error
     axes = _axes(before, after, rows, len(kept))
-    tables = {"the token embedding": after.get_input_embeddings(), "the head": after.get_output_embeddings()}
+    new: Any = after
+    tables = {"the token embedding": new.get_input_embeddings(), "the head": new.get_output_embeddings()}
     for what, table in tables.items():
         if table is None or table.weight.shape[0] != len(kept):
             found = "none" if table is None else f"{table.weight.shape[0]} rows for {len(kept)} tokens"

@@ -79,9 +79,11 @@ def corpus_texts(file: Path) -> list[str]:
     if file.suffix in (".jsonl", ".json"):
         found: list[str] = []
         for sample in file_samples(file)[0]:
-            turns = (turn["content"] for turn in sample.conversation)
-            parts = (part for content in turns if not isinstance(content, str) for part in content)
-            found += [sample.question, *sample.answers, *(part["text"] for part in parts if part["type"] == "text")]
+            for turn in sample.conversation:
+                content = turn["content"]
+                parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+                found += [part["text"] for part in parts if part["type"] == "text"]
+            found += sample.answers
     else:
         found = [line for line in read_text(file).splitlines() if line.strip()]
     if not found:
