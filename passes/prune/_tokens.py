@@ -7,6 +7,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,17 +92,21 @@ def corpus_texts(file: Path) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+def _encoded(core: Any, texts: Sequence[str]) -> Iterator[list[int]]:
+    for start in range(0, len(texts), 4096):
+        for encoding in core.encode_batch(list(texts[start : start + 4096]), add_special_tokens=False):
+            yield encoding.ids
+
+
 def counted(core: Any, texts: Sequence[str]) -> Counter[int]:
     """How often each token occurs in `texts`, where a word may start a text or follow a space."""
-    counts: list[Counter[int]] = []
-    for lead in ("", " "):
-        found: Counter[int] = Counter()
-        for start in range(0, len(texts), 4096):
-            chunk = [lead + text for text in texts[start : start + 4096]]
-            for encoding in core.encode_batch(chunk, add_special_tokens=False):
-                found.update(encoding.ids)
-        counts.append(found)
-    return counts[0] | counts[1]
+    bare, spaced = (Counter(chain.from_iterable(_encoded(core, [lead + t for t in texts]))) for lead in ("", " "))
+    return bare | spaced
+
+
+def length(core: Any, texts: Sequence[str]) -> int:
+    """Tokens of all texts."""
+    return sum(map(len, _encoded(core, texts)))
 
 
 def fit_rows(view: ModelView, batches: Sequence[Mapping[str, Any]]) -> list[list[int]]:

@@ -59,15 +59,17 @@ class Vocabulary(Pass):
             raise ValueError("corpus, scripts or keep has to say which tokens stay")
 
     def requires(self, model: ModelView, ctx: Context) -> None:
-        from ...compress.vocabulary import find_cut
+        from ...compress.vocabulary import find_cut, named_ids, table_rows
+        from ._tokens import backend
 
-        trim, _ = self._plan(model, ctx)
-        find_cut(model.model, trim.kept)
+        self._wanted(model, ctx, backend(model.processor))
+        rows = table_rows(model.model)
+        find_cut(model.model, sorted(i for i in named_ids(model.model) if i < rows))
 
     def apply(self, model: ModelView, ctx: Context) -> Notes:
         from ...compress.vocabulary import find_cut, narrow, ranges, table_rows
 
-        trim, numbers = self._plan(model, ctx)
+        trim, numbers = self._plan(model, ctx)  # may still refuse; no weight is touched yet
         cut = find_cut(model.model, trim.kept)
         rows = table_rows(model.model)
         before = sum(p.numel() for p in model.model.parameters())
@@ -106,19 +108,18 @@ class Vocabulary(Pass):
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
-    def _plan(self, model: ModelView, ctx: Context) -> tuple[Trim, dict[str, Json]]:
-        """The tokens that stay, and why so many.
+    def _wanted(self, model: ModelView, ctx: Context, core: object) -> tuple[dict[str, set[int]], list[str]]:
+        """Ids that have to stay, by who asks for them, and the texts of the corpus.
 
         Raises:
-            Unmet: no tokenizer that can be trimmed, or nothing to take out.
+            Unmet: no token of a script.
             DataError: a corpus file that cannot be read.
         """
-        from ...compress.vocabulary import named_ids, table_rows
-        from ._tokens import FIT, backend, corpus_texts, counted, fit_rows, of_scripts, of_words, texts_of, trim
+        from ...compress.vocabulary import named_ids
+        from ._tokens import FIT, corpus_texts, counted, fit_rows, of_scripts, of_words, texts_of
 
-        core = backend(model.processor)
         rows = fit_rows(model, ctx.fit)
-        texts = list(texts_of(core, rows))
+        texts = list(dict.fromkeys(texts_of(core, rows)))
         everywhere = set(rows[0]).intersection(*rows[1:]) if rows else set()
         wanted = {"configs": named_ids(model.model), "every_question": everywhere}
         for source in self.corpus:
@@ -133,23 +134,29 @@ class Vocabulary(Pass):
             wanted["scripts"] = of_scripts(core, self.scripts)
         if self.keep:
             wanted["keep"] = of_words(core, self.keep)
+        return wanted, texts
+
+    def _plan(self, model: ModelView, ctx: Context) -> tuple[Trim, dict[str, Json]]:
+        """The tokens that stay, why so many, and how many tokens the corpus takes before and after.
+
+        Raises:
+            Unmet: nothing to take out, or texts that a smaller tokenizer would misread.
+        """
+        from ...compress.vocabulary import table_rows
+        from ._tokens import backend, length, trim
+
+        core = backend(model.processor)
+        wanted, texts = self._wanted(model, ctx, core)
         size = table_rows(model.model)
         made = trim(model, set().union(*wanted.values()), size, texts)
         if len(made.kept) == size:
             raise Unmet(
                 f"{self.name} would take out nothing", found=f"all {size} tokens stay", change="a larger 'least'"
             )
-        asked = {"asked_by": {source: len(ids) for source, ids in wanted.items()}}
-        return made, asked | self._longer(core, made, texts)
-
-    def _longer(self, core: object, made: Trim, texts: list[str]) -> dict[str, Json]:
-        """Tokens of all texts of the corpus and the fit split, before and after."""
-        from ._tokens import backend, counted
-
-        after = backend(made.processor)
-        return {
-            "corpus_tokens_before": sum(counted(core, texts).values()),
-            "corpus_tokens": sum(counted(after, texts).values()),
+        return made, {
+            "asked_by": {source: len(ids) for source, ids in wanted.items()},
+            "corpus_tokens_before": length(core, texts),
+            "corpus_tokens": length(backend(made.processor), texts),
         }
 
     def _lost_mass(self, model: ModelView, ctx: Context, kept: tuple[int, ...]) -> dict[str, Json]:

@@ -227,7 +227,7 @@ def test_refusals(folder: Path, bench: svlm.Workbench, tmp_path: Path) -> None:
     once = svlm.load_view(folder / "model")
     apply_pass(make(**every), once, ctx)
     with pytest.raises(Unmet, match="nothing"):
-        make(**every).requires(once, bench.context(once))
+        apply_pass(make(**every), once, bench.context(once))
     with pytest.raises(svlm.SvlmError, match="which tokens stay"):
         make(corpus=[])
 
