@@ -158,7 +158,7 @@ def pack_model(
         raise UsageError(
             f"{name} holds quantized linears, and this model has none",
             where=str(view.source),
-            change="run quantize.bnb first (svlm compress MODEL -p quantize.bnb)",
+            change="run a recipe with quantize.bnb first",
         )
 
     def reason(path: str, grid: Grid | Codebook) -> str:
