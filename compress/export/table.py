@@ -65,7 +65,7 @@ FORMATS: dict[str, Format] = {
     "bnb": Format(
         module="bnb",
         bits=(4, 8),
-        groups=None,
+        groups=(64, -1),
         grids="4 bits: the codes of quantize.bnb (NF4, FP4); 8 bits: symmetric, one scale a row, of any pass; one of "
         "the two in a model",
         packed="bitsandbytes on CPU; its GPU kernels, which svlm does not test. 8 bits: inputs are rounded as well",
