@@ -293,7 +293,7 @@ def export(
     Examples:
       svlm export runs/int4 --format gptq -o int4-gptq
       svlm export runs/int4 --format awq --dense -o int4-awq
-      svlm export runs/pruned --format bnb -o nf4
+      svlm export runs/nf4 --format bnb -o nf4-bnb
     """
     from .passes.api import export_model
 

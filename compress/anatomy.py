@@ -27,6 +27,7 @@ from .units import AttentionGeometry, LinearRef, MlpGeometry, Stack, Unit, find_
 from .unknown import unknown_family
 
 if TYPE_CHECKING:
+    from .runtime.codebook import Codebook
     from .runtime.grid import Grid
 
 __all__ = [
@@ -90,7 +91,7 @@ class ModelView:
     Attributes:
         processor: the Hugging Face processor, or None (a folder with weights alone).
         ledger: the passes applied so far. grids: path of a linear, or of the token
-            embedding -> the grid that its weight lies on; a tied head has no entry of its own.
+            embedding -> the grid or codebook that its weight lies on; a tied head has no entry of its own.
         activations: path of a linear -> how it rounds its input. It is a fact of the module (`runtime/activations.py`).
         source: where the model came from. storage_dtype: what its floating weights are saved in.
     """
@@ -101,7 +102,7 @@ class ModelView:
         self.family = family
         self.source = source
         self.ledger = Ledger()
-        self.grids: dict[str, Grid] = {}
+        self.grids: dict[str, Grid | Codebook] = {}
         self.storage_dtype: torch.dtype = next(model.parameters()).dtype
         self.refresh()
 

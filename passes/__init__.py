@@ -24,6 +24,7 @@ MENU = {
     "quantize.awq": "quantize.awq:AWQ",
     "quantize.round": "quantize.round:Round",
     "quantize.hqq": "quantize.hqq:HQQ",
+    "quantize.bnb": "quantize.bnb:BNB",
     "quantize.smooth": "quantize.smooth:Smooth",
     "quantize.static": "quantize.static:Static",
     "quantize.mixed": "quantize.mixed:Mixed",

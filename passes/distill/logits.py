@@ -74,13 +74,15 @@ class Logits(Pass):
             raise ValueError("warmup is a share in [0, 1], weight_decay is not negative")
 
     def requires(self, model: ModelView, ctx: Context) -> None:
+        from ...compress.runtime.codebook import integer_grids
+
         linears = model.linears(self.where)
         gridded = [ref.path for ref in linears if ref.path in model.grids]
-        if self.train == "scales" and not gridded:
+        if self.train == "scales" and not any(path in integer_grids(model.grids) for path in gridded):
             raise Unmet(
                 f"{self.name} finds no scales to train",
                 where=f"where: {self.where}",
-                found="no quantized linear",
+                found="no linear with integers and scales",
                 change="put a quantizing pass before it, or train: full",
             )
         if self.train != "scales" and gridded:
@@ -109,6 +111,7 @@ class Logits(Pass):
         import torch
 
         from ...calib.balance import frozen
+        from ...compress.runtime.codebook import integer_grids
         from ._lora import adapted, merge
         from ._scales import loosened, settle
         from ._train import Plan, Teacher, train
@@ -126,9 +129,10 @@ class Logits(Pass):
                     if course.best[0] > 0:
                         merge(adapters)
             elif self.train == "scales":
-                paths = [ref.path for ref in linears if ref.path in model.grids]
+                grids = integer_grids(model.grids)
+                paths = [ref.path for ref in linears if ref.path in grids]
                 modules = [model.linear(path).module for path in paths]
-                with loosened(modules, [model.grids[path] for path in paths]) as loose:
+                with loosened(modules, [grids[path] for path in paths]) as loose:
                     trained = [one.move for one in loose]
                     course = train(model, teacher, trained, batches, validation, plan, ctx.progress)
                     if course.best[0] > 0:

@@ -28,6 +28,7 @@ SMALL = {  # settings that suit models with widths of 16 to 64
     "quantize.awq": {"bits": 4, "group": -1, "where": ["language"], "steps": 3},
     "quantize.round": {"bits": 4, "group": -1, "where": ["language"], "steps": 2, "batch_size": 1},
     "quantize.hqq": {"bits": 4, "group": -1, "where": ["language"]},
+    "quantize.bnb": {"where": ["language"]},
     "quantize.smooth": {"alpha": 0.5, "where": ["language"]},
     "quantize.static": {"alpha": "none", "where": ["vision"]},
     "quantize.mixed": {"bits": 3.5, "group": -1, "where": ["language", "embeddings"], "refine": 0},
