@@ -53,6 +53,11 @@ class Ledger:
             f"{step.name} was never applied to this model", found=", ".join(r.name for r in self) or "no pass"
         )
 
+    @property
+    def promised_zeros(self) -> dict[str, float]:
+        """Path of a linear -> the share of zeros that a pass promised of it, as records say under this name."""
+        return {path: share for entry in self for path, share in entry.record.get("promised_zeros", {}).items()}
+
     def to_json(self) -> list[Json]:
         return [asdict(r) for r in self._records]
 
