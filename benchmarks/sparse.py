@@ -4,8 +4,8 @@
 
 Vision tower, connector and language model. KL is in nats an answer token against the original, over the check
 questions; `kept` is the share of the zeros that are zeros at the end as well (of the linear that kept the fewest),
-`sum` the KL of the two passes alone added up. The last rows take other tokens for the statistics. Results are kept as
-they come; --resume goes on.
+`sum` the KL of the two passes alone added up. One row has quantize.gptq without the promise; the last rows take other
+tokens for the statistics. Results are kept as they come; --resume goes on.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 
 import svlm
 from svlm.compress.disk import write_json
+from svlm.compress.ledger import Ledger
 
 Steps = list[tuple[str, dict[str, Any]]]
 BITS: Steps = [("quantize.gptq", {"bits": 4, "group": 64})]
@@ -30,6 +31,8 @@ ZEROS: dict[str, Steps] = {
 }
 ALONE: dict[str, Steps] = {"gptq 4 bits": BITS, **ZEROS}
 BOTH: dict[str, Steps] = {f"{name}, gptq 4 bits": steps + BITS for name, steps in ZEROS.items()}
+UNAWARE = "without the promise"
+CONTROL: dict[str, Steps] = {f"wanda 2:4, gptq 4 bits, {UNAWARE}": ZEROS["wanda 2:4"] + [(UNAWARE, {})] + BITS}
 TOKENS: dict[str, Steps] = {
     f"{name}, {tokens}": [(f"prune.{name.split()[0]}", {"sparsity": 0.5, "token_weights": tokens})]
     for name in ("wanda 50 %", "sparsegpt 50 %")
@@ -41,13 +44,15 @@ def run(bench: svlm.Workbench, steps: Steps) -> dict[str, Any]:
     """KL, exact match, zeros and how many of them the steps after the first kept."""
     view, zeros = svlm.load_view("demo"), {}
     for name, settings in steps:
+        if name == UNAWARE:
+            view.ledger = Ledger()
+            continue
         svlm.apply_pass(svlm.find(name).from_settings(settings), view, bench.context(view))
         zeros = zeros or {ref.path: ref.module.weight == 0 for ref in view.linears() if name.startswith("prune.")}
     kept = [bool((view.weight(path)[mask] == 0).all()) for path, mask in zeros.items()]
     share = [float((view.weight(path)[mask] == 0).double().mean()) for path, mask in zeros.items() if mask.any()]
     quality, _ = bench.measure(view)
-    pruned = view.ledger.promised_zeros
-    weights = [view.weight(path) for path in pruned]
+    weights = [view.weight(path) for path in zeros]
     count = sum(w.numel() for w in weights)
     return {
         "kl": quality["kl"],
@@ -70,7 +75,7 @@ def main() -> None:
     rows: dict[str, Any] = json.loads(o.json.read_text()) if o.resume and o.json.is_file() else {}
     data = svlm.CalibrationSet.load("demo", fit=o.fit, check=o.check, seed=o.seed)
     bench = svlm.Workbench(svlm.load_view("demo"), data)
-    for name, steps in {**ALONE, **BOTH, **TOKENS}.items():
+    for name, steps in {**ALONE, **BOTH, **CONTROL, **TOKENS}.items():
         if o.only in name and name not in rows:
             torch.manual_seed(0)
             rows[name] = run(bench, steps)

@@ -44,7 +44,7 @@ def test_text_counts_whole_and_padding_never() -> None:
     assert torch.equal(modality_weights(masks, "drift"), modality_weights(masks, "balanced"))
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen3-vl", "paligemma", "blip-2"])
+@pytest.mark.parametrize("family", ["llava", "qwen3-vl", "paligemma"])
 def test_the_walk_measures_each_block_as_it_finds_it(family: str) -> None:
     """Held against hooks in the model's own forward."""
     view, batch = view_of(zoo.model(family)), zoo.batch(family, samples=3, seed=1)
@@ -73,8 +73,8 @@ def test_the_walk_measures_each_block_as_it_finds_it(family: str) -> None:
     assert not walk.without_drift
 
 
-@pytest.mark.parametrize("family", zoo.FAMILIES)
-def test_every_family_has_weights_and_tells_where_there_is_no_drift(family: str) -> None:
+@pytest.mark.parametrize("family", ["llava", "blip-2-t5", "florence-2", "donut"])
+def test_all_have_weights_and_tell_where_there_is_no_drift(family: str) -> None:
     view, batch = view_of(zoo.model(family)), zoo.batch(family, samples=2)
     walk = Walk(view, [batch], drifting=0.5)
     for unit in walk:
