@@ -179,6 +179,16 @@ class ModelView:
         """The weight of the linear or the embedding at a dotted path."""
         return self.model.get_submodule(path).weight
 
+    def promised_zeros(self, *paths: str) -> torch.Tensor | None:
+        """Which weights of these linears, one below the other, are zero as an earlier pass promised: bool [outs, in].
+
+        None where no such promise was given. Ask before the weights change.
+        """
+        promised = self.ledger.promised_zeros
+        if not any(path in promised for path in paths):
+            return None
+        return torch.cat([(self.weight(path).detach() == 0) & (path in promised) for path in paths])
+
     def smoothing_pairs(self, unit: Unit) -> tuple[tuple[str, tuple[str, ...]], ...]:
         """Between what a per-channel scale can be moved without changing the unit's function.
 

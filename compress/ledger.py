@@ -68,6 +68,11 @@ class Ledger:
 
         self._records = [Record(r.name, r.settings, anew(r.record)) for r in self._records]
 
+    @property
+    def promised_zeros(self) -> dict[str, float]:
+        """Path of a linear -> the share of zeros that a pass promised of it, as records say under this name."""
+        return {path: share for entry in self for path, share in entry.record.get("promised_zeros", {}).items()}
+
     def to_json(self) -> list[Json]:
         return [asdict(r) for r in self._records]
 

@@ -15,6 +15,8 @@ from ..compress.errors import RecipeError, did_you_mean
 MENU = {
     "prune.structured": "prune.structured:Structured",
     "prune.layers": "prune.layers:Layers",
+    "prune.wanda": "prune.wanda:Wanda",
+    "prune.sparsegpt": "prune.sparsegpt:SparseGPT",
     "distill.logits": "distill.logits:Logits",
     "tokens.dpp": "tokens.dpp:DPP",
     "tokens.random": "tokens.random:Random",

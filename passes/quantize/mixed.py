@@ -284,6 +284,7 @@ class Mixed(Pass):
                     act_order=self.act_order,
                     scale_search=self.scale_search,
                     factor=factors[id(stat)],
+                    mask=model.promised_zeros(ref.path),
                 )
                 solved = [solve(bits=bits, symmetric=self.symmetric or bits == 8) for bits in self.choices]
                 before = ref.module.weight.detach().float()

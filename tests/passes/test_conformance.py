@@ -22,6 +22,8 @@ from tests import zoo
 FAMILIES = zoo.FAMILIES
 SMALL = {  # settings that suit models with widths of 16 to 64
     "prune.structured": {"ratio": 0.5, "multiple": 4, "what": ["mlp"]},
+    "prune.wanda": {"pattern": "2:4", "where": ["vision", "language"]},
+    "prune.sparsegpt": {"sparsity": 0.5, "blocksize": 16, "where": ["vision", "language"]},
     "distill.logits": {"steps": 2, "batch_size": 2},
     "quantize.rtn": {"bits": 4, "group": -1, "where": ["language"]},
     "quantize.gptq": {"bits": 4, "group": -1, "where": ["language"]},
