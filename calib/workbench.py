@@ -76,7 +76,7 @@ class Workbench:
 
     def rehearsal(self, view: ModelView, teacher: ModelView) -> Context:
         """The same on two samples, for a shrunken copy of the model."""
-        recovery = (lambda batch_size: iter([self._pair] * 2)) if self.data.recovery is not None else None
+        recovery = (lambda batch_size, start: iter([self._pair] * 2)) if self.data.recovery is not None else None
         return _context(view, teacher, [self._pair], 0, None, Silent(), recovery)
 
     def measure(
@@ -108,9 +108,9 @@ class Workbench:
     def _pair(self) -> dict[str, torch.Tensor]:
         return self.encoder.encode(self.judge.answered(self.data.fit[:2]))
 
-    def _recovery(self, batch_size: int) -> Iterator[Mapping[str, Any]]:
+    def _recovery(self, batch_size: int, start: int) -> Iterator[Mapping[str, Any]]:
         assert self.data.recovery is not None
-        samples = iter(self.data.recovery())
+        samples = islice(self.data.recovery(), start * batch_size, None)  # passed over without being encoded
         while chunk := list(islice(samples, batch_size)):
             yield self.encoder.encode(chunk)
 
@@ -122,7 +122,7 @@ def _context(
     seed: int,
     scratch: Path | None,
     progress: Progress,
-    recovery: Callable[[int], Iterator[Mapping[str, Any]]] | None,
+    recovery: Callable[[int, int], Iterator[Mapping[str, Any]]] | None,
 ) -> Context:
     balance = Balance(view, fit, scratch)
     seconds: dict[str, float] = {}

@@ -17,7 +17,7 @@ from svlm.compress.base import Context, Notes, evaluating
 from svlm.compress.errors import PromiseBroken, Unmet, WorkFailed
 from svlm.compress.runtime.grid import Grid
 from svlm.passes.distill._losses import answer_positions, forward_kl
-from svlm.passes.distill._train import Teacher, answer_logits
+from svlm.passes.distill._observe import Teacher, answer_logits
 from svlm.passes.distill.logits import Logits
 from svlm.passes.tokens.dpp import DPP
 from tests import zoo
@@ -160,8 +160,8 @@ def test_recovery_data_are_used_and_validated_on_the_fit_split() -> None:
     student, teacher = pair()
     asked: list[int] = []
 
-    def recovery(size: int) -> Iterator[Mapping[str, Tensor]]:
-        for seed in range(3):  # ends; the pass asks again
+    def recovery(size: int, start: int) -> Iterator[Mapping[str, Tensor]]:
+        for seed in range(start, 3):  # ends; the pass asks again
             asked.append(size)
             yield zoo.batch("llava", size, seed)
 
@@ -174,7 +174,7 @@ def test_recovery_data_are_used_and_validated_on_the_fit_split() -> None:
     with pytest.raises(Unmet, match="no recovery data"):
         replace(QUICK, data="recovery").requires(student, context(teacher, fit))
     with pytest.raises(WorkFailed, match="no samples"):
-        replace(QUICK, data="recovery").apply(student, context(teacher, fit, lambda size: iter(())))
+        replace(QUICK, data="recovery").apply(student, context(teacher, fit, lambda size, start: iter(())))
 
 
 def test_gridded_weights_and_tied_heads_are_refused() -> None:

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
+from svlm.passes.distill._feed import epochs, held_out, split
 from svlm.passes.distill._lora import adapted, merge
 from svlm.passes.distill._losses import answer_positions, forward_kl
-from svlm.passes.distill._train import epochs, held_out, rate, split
+from svlm.passes.distill._train import rate
 from tests.oracles.distill import masked_forward_kl
 
 
