@@ -80,7 +80,9 @@ class Distill(Pass):
 
     def selected(self, model: ModelView) -> tuple[LinearRef, ...]:
         """The linears that train, or whose units' norms do."""
-        return model.linears("connector" if self.train == "connector" else self.where)
+        if self.train == "connector":
+            return tuple(ref for unit in model.parts["connector"] for ref in unit.linears)
+        return model.linears(self.where)
 
     def bare(self, model: ModelView) -> list[Unit]:
         """Units without linears: they train with all the others, since no selector can name them."""

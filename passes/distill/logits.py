@@ -12,7 +12,7 @@ from ._common import Distill
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ...compress.anatomy import ModelView
+    from ...compress.anatomy import LinearRef, ModelView
     from ._checkpoint import Checkpoint
     from ._feed import Feed
     from ._observe import Batch
@@ -22,7 +22,7 @@ VALIDATION = 64  # samples of the fit split that recovery data are validated on
 
 @dataclass(frozen=True)
 class Logits(Distill):
-    """Heal a changed model: it learns the original's token distribution at every answer token (masked forward KL).
+    """Heal a changed model: it learns the original's token distribution at every answer token.
 
     AdamW with linear warm-up and a cosine, gradients clipped at 1. Dropout stays off, so a run with the same seed
     repeats itself bit for bit, killed and resumed or not. A tenth of the fit split is held out; the weights that do
@@ -41,6 +41,11 @@ class Logits(Distill):
             integers stay (EfficientQAT's second phase). ``connector``: all weights of the connector. ``norms``: of the
             selected blocks, norms, biases and layer scales.
         lora_rank: rank of that update.
+        loss: with p the original's distribution and q the small model's, ``forward``: KL(p || q); ``reverse``: KL(q ||
+            p); ``skewed``: KL(p || a p + (1 - a) q); ``skewed_reverse``: KL(q || (1 - a) p + a q). Forward heals;
+            reverse and skewed ones may suit a model that is far too small to say all that the original says. What is
+            kept is chosen by forward KL whatever the loss, as it is what the small model is judged by.
+        skew: a in the skewed losses.
         temperature: both distributions are softened by it.
         warmup: share of the steps in which the learning rate rises.
         where: selector of what trains; null: everything but embeddings and head. Blocks that are selected as a whole
@@ -53,8 +58,12 @@ class Logits(Distill):
 
     name: ClassVar[str] = "distill.logits"
     summary: ClassVar[str] = "heal: train towards the original's answer distributions"
-    paper: ClassVar[str] = "Minitron, arXiv 2407.14679; LoRA, arXiv 2106.09685; EfficientQAT, arXiv 2407.11062"
+    paper: ClassVar[str] = (
+        "Minitron, arXiv 2407.14679; DistiLLM, arXiv 2402.03898; LoRA, arXiv 2106.09685; EfficientQAT, arXiv 2407.11062"
+    )
 
+    loss: Literal["forward", "reverse", "skewed", "skewed_reverse"] = "forward"
+    skew: float = 0.1
     temperature: float = 1.0
     data: Literal["auto", "fit", "recovery"] = "auto"
 
@@ -62,6 +71,8 @@ class Logits(Distill):
         super().__post_init__()
         if not self.temperature > 0:
             raise ValueError(f"temperature is above 0, not {self.temperature}")
+        if not 0 < self.skew < 1:
+            raise ValueError(f"skew is a share in (0, 1), not {self.skew}; without skew take loss: forward or reverse")
 
     def requires(self, model: ModelView, ctx: Context) -> None:
         super().requires(model, ctx)
@@ -73,10 +84,20 @@ class Logits(Distill):
                 change="data: fit, or calibrate with a source that generates samples (demo)",
             )
 
+        with ctx.teacher() as original:
+            mine, wanted = (sorted(ref.module.out_features for ref in _head(view)) for view in (model, original))
+        if mine != wanted:
+            raise Unmet(
+                f"{self.name} cannot compare distributions over different vocabularies",
+                where="head",
+                found=f"{mine} words here, {wanted} in the original",
+                change="distil before the vocabulary is cut",
+            )
+
     def apply(self, model: ModelView, ctx: Context) -> Notes:
         import torch
 
-        from ._losses import forward_kl
+        from ._losses import divergence
         from ._observe import Teacher, answer_logits
         from ._train import train
         from ._trained import training
@@ -93,10 +114,10 @@ class Logits(Distill):
 
             def objective(batch: Batch) -> tuple[Tensor, int]:
                 logits = answer_logits(model, batch)
-                return forward_kl(logits, teacher(batch), self.temperature), len(logits)
+                return divergence(logits, teacher(batch), self.loss, self.temperature, self.skew), len(logits)
 
             def judge(batch: Batch) -> Tensor:
-                return forward_kl(answer_logits(model, batch), teacher(batch), self.temperature)
+                return divergence(answer_logits(model, batch), teacher(batch), "forward", self.temperature)
 
             course = train(
                 trained.parameters,
@@ -148,3 +169,7 @@ class Logits(Distill):
         if ctx.scratch is None:
             return None
         return Checkpoint(ctx.scratch, [self.name, self.settings(), ctx.seed, fingerprint(ctx.fit)])
+
+
+def _head(model: ModelView) -> list[LinearRef]:
+    return [ref for unit in model.parts.get("head", ()) for ref in unit.linears]
