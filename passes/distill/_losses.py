@@ -1,4 +1,4 @@
-"""Distillation losses: pure maths, tensors in, tensors out, in fp32. p is the teacher's distribution, q the student's."""
+"""Distillation losses: pure maths, tensors in, tensors out. p is the teacher's distribution, q the student's."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def divergence(
 
     ``forward``: KL(p || q), which covers all that the teacher may say (as Minitron heals, arXiv 2407.14679).
     ``reverse``: KL(q || p), which punishes what the teacher would not say. ``skewed``: KL(p || a p + (1 - a) q), whose
-    gradient stays bounded where q is small, a = `skew`. ``skewed_reverse``: KL(q || (1 - a) p + a q) (both DistiLLM, arXiv
-    2402.03898). The mean runs over tokens, not over samples, so that the scale does not depend on the answers' lengths
-    (Hinton et al., arXiv 1503.02531).
+    gradient stays bounded where q is small, a = `skew`. ``skewed_reverse``: KL(q || (1 - a) p + a q) (both DistiLLM,
+    arXiv 2402.03898). In fp32. The mean runs over tokens, not over samples, so that the scale does not depend on the
+    answers' lengths (Hinton et al., arXiv 1503.02531).
 
     Args:
         student, teacher: logits [tokens, vocabulary]; tokens >= 1.

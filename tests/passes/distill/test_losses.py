@@ -16,7 +16,6 @@ from svlm.passes.distill._losses import Divergence, answer_positions, divergence
 from svlm.passes.distill._train import rate
 from tests.oracles.distill import distance, masked
 
-
 KINDS: tuple[Divergence, ...] = ("forward", "reverse", "skewed", "skewed_reverse")
 
 
