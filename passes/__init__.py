@@ -15,6 +15,7 @@ from ..compress.errors import RecipeError, did_you_mean
 MENU = {
     "prune.structured": "prune.structured:Structured",
     "distill.logits": "distill.logits:Logits",
+    "distill.features": "distill.features:Features",
     "tokens.dpp": "tokens.dpp:DPP",
     "tokens.random": "tokens.random:Random",
     "tokens.grid": "tokens.grid:Grid",

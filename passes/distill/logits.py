@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from ...compress.anatomy import LinearRef, ModelView
     from ._checkpoint import Checkpoint
     from ._feed import Feed
-    from ._observe import Batch
+    from ._mapping import Mapped
+    from ._observe import Batch, Seen
 
 VALIDATION = 64  # samples of the fit split that recovery data are validated on
 
@@ -98,7 +99,7 @@ class Logits(Distill):
         import torch
 
         from ._losses import divergence
-        from ._observe import Teacher, answer_logits
+        from ._observe import Teacher, answer_logits, observe
         from ._train import train
         from ._trained import training
 
@@ -110,14 +111,15 @@ class Logits(Distill):
             evaluating(model.model),
             training(model, self.train, linears, more, self.lora_rank, generator) as trained,
         ):
-            teacher = Teacher(original, again)
+            watched = self.watched(model, original)
+            teacher = Teacher(original, again, [unit.there for unit in watched])
 
             def objective(batch: Batch) -> tuple[Tensor, int]:
-                logits = answer_logits(model, batch)
-                return divergence(logits, teacher(batch), self.loss, self.temperature, self.skew), len(logits)
+                seen = observe(model, batch, [unit.here for unit in watched])
+                return self.lost(model, batch, watched, seen, teacher(batch)), len(seen.logits)
 
             def judge(batch: Batch) -> Tensor:
-                return divergence(answer_logits(model, batch), teacher(batch), "forward", self.temperature)
+                return divergence(answer_logits(model, batch), teacher(batch).logits, "forward", self.temperature)
 
             course = train(
                 trained.parameters,
@@ -138,7 +140,20 @@ class Logits(Distill):
             "trained_parameters": sum(p.numel() for p in trained.parameters),
             "answer_tokens_seen": course.tokens,
         }
+        if watched:
+            numbers["units_compared"] = len(watched)
+            numbers["units_renumbered"] = sum(unit.here.name != unit.there.name for unit in watched)
         return Notes(used | numbers | self.numbers(course), {})
+
+    def watched(self, model: ModelView, original: ModelView) -> list[Mapped]:
+        """The units whose hidden states the loss compares."""
+        return []
+
+    def lost(self, model: ModelView, batch: Batch, watched: list[Mapped], seen: Seen, wanted: Seen) -> Tensor:
+        """The training loss of a batch."""
+        from ._losses import divergence
+
+        return divergence(seen.logits, wanted.logits, self.loss, self.temperature, self.skew)
 
     # -- inside --------------------------------------------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ from svlm.compress.recipe import Recipe
 from svlm.passes import api, find
 from svlm.passes.distill import _checkpoint
 from svlm.passes.distill._feed import Feed, epochs
+from svlm.passes.distill.features import Features
 from svlm.passes.distill.logits import Logits
 from tests import zoo
 from tests.passes.distill.test_logits import context, pair
@@ -78,11 +79,18 @@ def _often(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "train, data", [("full", "fit"), ("full", "recovery"), ("lora", "recovery"), ("scales", "fit"), ("norms", "fit")]
+    "kind, train, data",
+    [
+        (Logits, "full", "recovery"),
+        (Logits, "lora", "recovery"),
+        (Logits, "scales", "fit"),
+        (Logits, "norms", "fit"),
+        (Features, "full", "fit"),
+    ],
 )
-def test_killed_at_random_steps_and_resumed(train: Any, data: Any, tmp_path: Path) -> None:
+def test_killed_at_random_steps_and_resumed(kind: Any, train: Any, data: Any, tmp_path: Path) -> None:
     lr = {"full": 3e-3, "norms": 3e-2}.get(train, 1e-2)
-    step = Logits(steps=STEPS, lr=lr, batch_size=2, train=train, data=data, lora_rank=4)
+    step = kind(steps=STEPS, lr=lr, batch_size=2, train=train, data=data, lora_rank=4)
     calm, ctx = student(step)
     wanted = step.apply(calm, ctx).numbers
     assert wanted["best_step"] > 0
