@@ -131,6 +131,12 @@ class WalkUnit:
             weights = self._walk._weights(index, last, token_weights)
             yield from [(samples(batch), weights)] * len(calls)
 
+    def kept(self) -> Iterator[Kept | None]:
+        """For each of `inputs` what a token pass left of the unit's sequence (see stats.py); None: all of it."""
+        inside = self.unit.path.startswith(self._walk.view.decoder_path + ".")
+        for index, calls in enumerate(self._calls):
+            yield from [self._walk._kept[index] if inside else None] * len(calls)
+
 
 def _watching(
     ref: LinearRef, stat: Stat, weights: torch.Tensor | None, waiting: dict[int, LinearRef], clock: Clock

@@ -16,6 +16,7 @@ MENU = {
     "prune.structured": "prune.structured:Structured",
     "distill.logits": "distill.logits:Logits",
     "distill.features": "distill.features:Features",
+    "distill.blocks": "distill.blocks:Blocks",
     "tokens.dpp": "tokens.dpp:DPP",
     "tokens.random": "tokens.random:Random",
     "tokens.grid": "tokens.grid:Grid",
