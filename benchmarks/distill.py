@@ -2,7 +2,7 @@
 
     python benchmarks/distill.py --steps 100 --fit 64 --check 256
 
-Every way starts from the same model (prune.structured, a share of the language model's MLP channels) and takes the same
+Every way starts from the same model (prune.structured) and takes the same
 steps on the same batches. Differences of exact match are paired with the original's answers, as in every report.
 """
 
@@ -28,13 +28,15 @@ WAYS: dict[str, Steps] = {
     "features + logits, mse": [("distill.features", {})],
     "features + logits, cosine": [("distill.features", {"distance": "cosine"})],
     "features alone, mse": [("distill.features", {"weight": 0.0})],
-    "blocks": [("distill.blocks", {"where": ["language"]})],
+    "blocks": [("distill.blocks", {})],
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ratio", type=float, default=0.3)
+    parser.add_argument("--where", nargs="+", default=["language"])
+    parser.add_argument("--what", nargs="+", default=["mlp"])
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--train", default="full")
@@ -51,7 +53,7 @@ def main() -> None:
         if o.only and name not in o.only:
             continue
         view = svlm.load_view("demo")
-        prune = find("prune.structured")(ratio=o.ratio, where=("language",), what=("mlp",))  # type: ignore[call-arg]
+        prune = find("prune.structured")(ratio=o.ratio, where=tuple(o.where), what=tuple(o.what))  # type: ignore[call-arg]
         apply_pass(prune, view, bench.context(view, seed=o.seed))
         numbers: dict[str, Any] = {}
         for kind, settings in steps:

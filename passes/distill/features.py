@@ -45,7 +45,7 @@ class Features(Logits):
         where: selector of what trains; null: everything but embeddings and head.
         weight_decay: AdamW's.
         seed: of the order of batches and of LoRA's start.
-        data: ``fit``, ``recovery`` or ``auto``, as in `distill.logits`.
+        data: ``fit``, ``recovery``, ``auto`` or other data, as in `distill.logits`.
     """
 
     name: ClassVar[str] = "distill.features"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from ...compress.base import Context, Json, Notes, evaluating
+from ...compress.base import Batches, Context, Json, Notes, evaluating
 from ...compress.errors import Unmet
 from ._common import Distill
 
@@ -54,7 +54,9 @@ class Logits(Distill):
         weight_decay: AdamW's.
         seed: of the order of batches and of LoRA's start.
         data: ``fit``: the fit split, again and again. ``recovery``: fresh samples without end, from a source that makes
-            them (the demo's generator). ``auto``: recovery where the data has it, else fit.
+            them (the demo's generator). ``auto``: recovery where the data has it, else fit. Anything else names other
+            data as `--data` does (a .jsonl file, a folder, a hub id), with answers or without, without the pictures of
+            the check split; a file that changes later goes unnoticed.
     """
 
     name: ClassVar[str] = "distill.logits"
@@ -66,7 +68,7 @@ class Logits(Distill):
     loss: Literal["forward", "reverse", "skewed", "skewed_reverse"] = "forward"
     skew: float = 0.1
     temperature: float = 1.0
-    data: Literal["auto", "fit", "recovery"] = "auto"
+    data: str = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -85,6 +87,7 @@ class Logits(Distill):
                 change="data: fit, or calibrate with a source that generates samples (demo)",
             )
 
+        self._recovery(ctx)
         with ctx.teacher() as original:
             mine, wanted = (sorted(ref.module.out_features for ref in _head(view)) for view in (model, original))
         if mine != wanted:
@@ -168,14 +171,24 @@ class Logits(Distill):
         masks = [model.token_masks(batch) for batch in fit]
         real, answers = (sum(int(t.sum()) for t in found) for found in zip(*((~m.padding, m.answer) for m in masks)))
         notes: dict[str, Json] = {"share_of_answer_tokens": round(answers / max(1, real), 4)}
-        recovery = ctx.recovery
-        if self.data == "fit" or recovery is None:
+        recovery = self._recovery(ctx)
+        if recovery is None:
             learn, validation = held_out(fit)
             seed = ctx.seed + self.seed
             return Feed(lambda start: epochs(learn, seed, start)), validation, fit, {"data": "fit"} | notes
         known = fit[: max(1, VALIDATION // self.batch_size)]
         feed = Feed(lambda start: recovery(self.batch_size, start), lambda batch: has_answer(model, batch))
-        return feed, known, known, {"data": "recovery"} | notes
+        return feed, known, known, {"data": "recovery" if self.data == "auto" else self.data} | notes
+
+    def _recovery(self, ctx: Context) -> Batches | None:
+        """Training batches that are not of the fit split; None where the fit split is trained on."""
+        if self.data in ("auto", "recovery"):
+            return ctx.recovery
+        if self.data == "fit":
+            return None
+        if ctx.source is None:
+            raise Unmet(f"{self.name} cannot read other data here", where=f"data: {self.data}")
+        return ctx.source(self.data)
 
     def _checkpoint(self, ctx: Context) -> Checkpoint | None:
         from ...calib.scratch import fingerprint

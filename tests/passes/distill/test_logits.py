@@ -243,6 +243,22 @@ def test_recovery_data_are_used_and_validated_on_the_fit_split() -> None:
         replace(QUICK, data="recovery").apply(student, context(teacher, fit, lambda size, start: iter(())))
 
 
+def test_other_data_are_named_in_data() -> None:
+    student, teacher = pair()
+    fit, asked = [zoo.batch("llava", 2, seed=9)], []
+
+    def source(spec: str) -> Any:
+        asked.append(spec)
+        return lambda size, start: (zoo.batch("llava", size, seed) for seed in range(start, 3))
+
+    step = replace(QUICK, data="more.jsonl")
+    ctx = replace(context(teacher, fit, lambda size, start: iter(())), source=source)
+    numbers = distilled(step, student, ctx).numbers
+    assert numbers["data"] == "more.jsonl" and set(asked) == {"more.jsonl"} and numbers["best_step"] > 0
+    with pytest.raises(Unmet, match="cannot read other data"):
+        step.requires(student, context(teacher, fit))
+
+
 def test_gridded_weights_and_tied_heads_are_refused() -> None:
     student, teacher = pair()
     ctx = context(teacher, [zoo.batch("llava")])

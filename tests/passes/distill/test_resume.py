@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from svlm.calib.dataset import CalibrationSet
+from svlm.calib.sample import Sample
 from svlm.calib.workbench import Workbench
 from svlm.compress import disk, storage
 from svlm.compress.anatomy import ModelView
@@ -174,15 +176,25 @@ def test_a_feed_goes_on_where_it_was() -> None:
         next(Feed(lambda start: iter(items), lambda item: False))
 
 
-def test_recovery_starts_at_any_batch() -> None:
+def test_recovery_starts_at_any_batch(tmp_path: Path) -> None:
     data = CalibrationSet.load("demo", fit=4, check=4, seed=0)
+    rows = []
+    for i, sample in enumerate(islice(CalibrationSet.load("demo", fit=12, check=4, seed=5).fit, 12)):
+        sample.images[0].open().save(tmp_path / f"{i}.png")
+        rows.append(json.dumps({"image": f"{i}.png", "question": sample.question}))
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
     view = storage.load_model("demo", find=find)
-    recovery = Workbench(view, data, latency=False).context(view).recovery
-    assert recovery is not None
-    whole = list(islice(recovery(3, 0), 4))
-    for start in (1, 3):
-        for late, batch in zip(recovery(3, start), whole[start:]):
-            assert all(torch.equal(late[key], value) for key, value in batch.items())
+    bench = Workbench(view, data, latency=False)
+    ctx = bench.context(view)
+    assert ctx.recovery is not None and ctx.source is not None
+    for batches in (ctx.recovery, ctx.source(str(tmp_path / "rows.jsonl"))):
+        whole = list(islice(batches(3, 0), 4))
+        assert len(whole) == 4 and all(bool((batch["labels"] != -100).any(1).all()) for batch in whole)
+        for start in (1, 3):
+            for late, batch in zip(batches(3, start), whole[start:]):
+                assert all(torch.equal(late[key], value) for key, value in batch.items())
+    own = bench.judge.answered([Sample("x", "x", data.fit[0].images, data.fit[0].question)])
+    assert own[0].answers, "where the data has no answers, the original's own are learnt"
 
 
 def test_a_killed_run_resumes_and_out_holds_no_optimizer_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
