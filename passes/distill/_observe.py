@@ -27,20 +27,33 @@ CACHE_BYTES = 512 * 2**20  # of what the teacher said, kept in memory
 def answer_logits(view: ModelView, batch: Batch) -> Tensor:
     """The model's logits where they predict an answer token: [answer tokens, vocabulary], row-major over the batch."""
     model: Any = view.model
-    where = answer_positions(batch["labels"], shifted=not view.family.seq2seq).to(model.device)
-    inputs = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    where = answers(view, batch)
     reduction = installed(model)
     needs_labels = view.family.seq2seq or (reduction is not None and reduction.prompt)
     if needs_labels or "logits_to_keep" not in inspect.signature(model.forward).parameters:
-        return model(**inputs, use_cache=False).logits[where]
-    del inputs["labels"]
+        return all_logits(view, batch)[where]
     tail = where.shape[1] - int(where.any(0).int().argmax())  # the head runs from the first answer on
+    inputs = {k: v for k, v in _there(view, batch).items() if k != "labels"}
     logits = model(**inputs, use_cache=False, logits_to_keep=tail).logits
     return logits[:, -tail:][where[:, -tail:]]
 
 
+def all_logits(view: ModelView, batch: Batch) -> Tensor:
+    """The model's logits everywhere: [batch, tokens, vocabulary]."""
+    return view.model(**_there(view, batch), use_cache=False).logits
+
+
+def answers(view: ModelView, batch: Batch) -> Tensor:
+    """Where logits predict an answer token: BoolTensor [batch, tokens], where the model is."""
+    return answer_positions(batch["labels"], shifted=not view.family.seq2seq).to(view.model.device)
+
+
+def _there(view: ModelView, batch: Batch) -> dict[str, Any]:
+    return {k: v.to(view.model.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+
 def has_answer(view: ModelView, batch: Batch) -> bool:
-    return bool(answer_positions(batch["labels"], shifted=not view.family.seq2seq).any())
+    return bool(answers(view, batch).any())
 
 
 @dataclass
@@ -51,34 +64,47 @@ class Seen:
         logits: [answer tokens, vocabulary], where they predict an answer token.
         states: what each watched unit returned, one entry a call.
         kept: what a token pass left of the sequence in this forward; see calib/stats.py.
+        visual: for each sample the logits at those of its visual tokens that the model sees, [tokens, vocabulary].
     """
 
     logits: Tensor
     states: list[list[Tensor]] = field(default_factory=list)
     kept: Kept | None = None
+    visual: list[Tensor] = field(default_factory=list)
 
     @property
     def size(self) -> int:
         """Bytes."""
-        tensors = [self.logits, *(state for calls in self.states for state in calls)]
+        tensors = [self.logits, *self.visual, *(state for calls in self.states for state in calls)]
         return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def observe(view: ModelView, batch: Batch, units: Sequence[Unit] = ()) -> Seen:
-    """Run the model on `batch`; gradients reach back through all that is returned."""
-    states: list[list[Tensor]] = [[] for _ in units]
+def observe(view: ModelView, batch: Batch, units: Sequence[Unit] = (), visual: bool = False) -> Seen:
+    """Run the model on `batch`; gradients reach back through all that is returned.
+
+    Args:
+        units: whose outputs are wanted. visual: whether logits at visual tokens are; the head then runs everywhere.
+    """
+    seen = Seen(torch.empty(0), [[] for _ in units])
 
     def watching(into: list[Tensor]) -> Callable[..., None]:
         return lambda module, args, output: into.append(first(output))
 
-    hooks = [unit.module.register_forward_hook(watching(into)) for unit, into in zip(units, states)]
+    hooks = [unit.module.register_forward_hook(watching(into)) for unit, into in zip(units, seen.states)]
     try:
-        logits = answer_logits(view, batch)
+        whole = all_logits(view, batch) if visual else None
+        seen.logits = answer_logits(view, batch) if whole is None else whole[answers(view, batch)]
     finally:
         for hook in hooks:
             hook.remove()
     reduction = installed(view.model)
-    return Seen(logits, states, reduction.last if reduction else None)
+    seen.kept = reduction.last if reduction else None
+    if whole is not None:
+        head = next(ref for unit in view.parts["head"] for ref in unit.linears)
+        masks = input_masks(view, batch, head, seen.kept)
+        assert masks is not None  # of a head
+        seen.visual = [row[mask.to(row.device)] for row, mask in zip(whole, masks.vision)]
+    return seen
 
 
 def pair(view: ModelView, batch: Batch, mapped: Mapped, mine: Seen, theirs: Seen, number: int) -> tuple[Tensor, Tensor]:
@@ -122,11 +148,14 @@ class Teacher:
     """What the original makes of a batch; that of batches that come again is kept while there is room.
 
     Args:
-        again: the batches that come more than once. units: of the original, whose states are wanted.
+        again: the batches that come more than once. units, visual: of the original; see `observe`.
     """
 
-    def __init__(self, view: ModelView, again: Sequence[Batch], units: Sequence[Unit] = ()) -> None:
-        self.view, self._units, self._again = view, units, {id(batch) for batch in again}
+    def __init__(
+        self, view: ModelView, again: Sequence[Batch], units: Sequence[Unit] = (), visual: bool = False
+    ) -> None:
+        self.view, self._units, self._visual = view, units, visual
+        self._again = {id(batch) for batch in again}
         self._known: dict[int, Seen] = {}
         self._room = CACHE_BYTES
 
@@ -135,7 +164,7 @@ class Teacher:
         if known is not None:
             return known
         with torch.no_grad():
-            seen = observe(self.view, batch, self._units)
+            seen = observe(self.view, batch, self._units, self._visual)
         if id(batch) in self._again and seen.size <= self._room:
             self._room -= seen.size
             self._known[id(batch)] = seen

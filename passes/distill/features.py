@@ -40,6 +40,7 @@ class Features(Logits):
         loss: on answer distributions: ``forward``, ``reverse``, ``skewed`` or ``skewed_reverse``, as in
             `distill.logits`.
         skew: of the skewed ones.
+        vision, vision_weight: the loss at visual tokens, as in `distill.logits`.
         temperature: both distributions are softened by it.
         warmup: share of the steps in which the learning rate rises.
         where: selector of what trains; null: everything but embeddings and head.

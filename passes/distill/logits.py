@@ -47,6 +47,10 @@ class Logits(Distill):
             reverse and skewed ones may suit a model that is far too small to say all that the original says. What is
             kept is chosen by forward KL whatever the loss, as it is what the small model is judged by.
         skew: a in the skewed losses.
+        vision: ``matched``: the logits at visual tokens are learnt as well, by reverse KL. Each visual token that is
+            left is compared with one of the original's, the nearest by vocabulary logits (after EM-KD, for models that
+            a token pass gave fewer of them). The head then runs on the whole sequence. ``none``: answers alone.
+        vision_weight: of that loss.
         temperature: both distributions are softened by it.
         warmup: share of the steps in which the learning rate rises.
         where: selector of what trains; null: everything but embeddings and head. Blocks that are selected as a whole
@@ -62,11 +66,14 @@ class Logits(Distill):
     name: ClassVar[str] = "distill.logits"
     summary: ClassVar[str] = "heal: train towards the original's answer distributions"
     paper: ClassVar[str] = (
-        "Minitron, arXiv 2407.14679; DistiLLM, arXiv 2402.03898; LoRA, arXiv 2106.09685; EfficientQAT, arXiv 2407.11062"
+        "Minitron, arXiv 2407.14679; DistiLLM, arXiv 2402.03898; EM-KD, AAAI 2026; LoRA, arXiv 2106.09685; "
+        "EfficientQAT, arXiv 2407.11062"
     )
 
     loss: Literal["forward", "reverse", "skewed", "skewed_reverse"] = "forward"
     skew: float = 0.1
+    vision: Literal["none", "matched"] = "none"
+    vision_weight: float = 0.25
     temperature: float = 1.0
     data: str = "auto"
 
@@ -74,6 +81,8 @@ class Logits(Distill):
         super().__post_init__()
         if not self.temperature > 0:
             raise ValueError(f"temperature is above 0, not {self.temperature}")
+        if self.vision_weight < 0:
+            raise ValueError(f"vision_weight is not negative, not {self.vision_weight}")
         if not 0 < self.skew < 1:
             raise ValueError(f"skew is a share in (0, 1), not {self.skew}; without skew take loss: forward or reverse")
 
@@ -87,6 +96,13 @@ class Logits(Distill):
                 change="data: fit, or calibrate with a source that generates samples (demo)",
             )
 
+        if self.vision == "matched" and (model.image_token_id is None or model.family.seq2seq):
+            raise Unmet(
+                f"{self.name} finds no logits at visual tokens",
+                where=f"family {model.family.name}",
+                found="a decoder that does not have them in its sequence",
+                change="vision: none",
+            )
         self._recovery(ctx)
         with ctx.teacher() as original:
             mine, wanted = (sorted(ref.module.out_features for ref in _head(view)) for view in (model, original))
@@ -115,10 +131,11 @@ class Logits(Distill):
             training(model, self.train, linears, more, self.lora_rank, generator) as trained,
         ):
             watched = self.watched(model, original)
-            teacher = Teacher(original, again, [unit.there for unit in watched])
+            visual = self.vision == "matched"
+            teacher = Teacher(original, again, [unit.there for unit in watched], visual)
 
             def objective(batch: Batch) -> tuple[Tensor, int]:
-                seen = observe(model, batch, [unit.here for unit in watched])
+                seen = observe(model, batch, [unit.here for unit in watched], visual)
                 return self.lost(model, batch, watched, seen, teacher(batch)), len(seen.logits)
 
             def judge(batch: Batch) -> Tensor:
@@ -154,9 +171,18 @@ class Logits(Distill):
 
     def lost(self, model: ModelView, batch: Batch, watched: list[Mapped], seen: Seen, wanted: Seen) -> Tensor:
         """The training loss of a batch."""
-        from ._losses import divergence
+        import torch
 
-        return divergence(seen.logits, wanted.logits, self.loss, self.temperature, self.skew)
+        from ._losses import divergence, nearest_pairs
+
+        lost = divergence(seen.logits, wanted.logits, self.loss, self.temperature, self.skew)
+        if self.vision == "none":
+            return lost
+        twins = [theirs[nearest_pairs(mine, theirs)] for mine, theirs in zip(seen.visual, wanted.visual)]
+        mine = torch.cat(seen.visual)
+        if not len(mine):  # a batch without images
+            return lost
+        return lost + self.vision_weight * divergence(mine, torch.cat(twins), "reverse", self.temperature)
 
     # -- inside --------------------------------------------------------------------------------------------------------
 

@@ -51,3 +51,17 @@ def distance(student: Tensor, teacher: Tensor, kind: str) -> float:
             dot = sum(a * b for a, b in zip(s, t))
             total += 1 - dot / math.sqrt(sum(a * a for a in s)) / math.sqrt(sum(b * b for b in t))
     return total / len(student)
+
+
+def greedy_pairs(student: Tensor, teacher: Tensor) -> list[int]:
+    """The nearest pair by L1, then the nearest of what is left, ..."""
+    pairs = [
+        (sum(abs(a - b) for a, b in zip(s, t)), i, j)
+        for i, s in enumerate(student.tolist())
+        for j, t in enumerate(teacher.tolist())
+    ]
+    found: dict[int, int] = {}
+    for _, i, j in sorted(pairs):
+        if i not in found and j not in found.values():
+            found[i] = j
+    return [found[i] for i in range(len(student))]

@@ -12,9 +12,9 @@ from torch import nn
 
 from svlm.passes.distill._feed import epochs, held_out, split
 from svlm.passes.distill._lora import adapted, merge
-from svlm.passes.distill._losses import Divergence, answer_positions, divergence, state_distance
+from svlm.passes.distill._losses import Divergence, answer_positions, divergence, nearest_pairs, state_distance
 from svlm.passes.distill._train import rate
-from tests.oracles.distill import distance, masked
+from tests.oracles.distill import distance, greedy_pairs, masked
 
 KINDS: tuple[Divergence, ...] = ("forward", "reverse", "skewed", "skewed_reverse")
 
@@ -81,6 +81,15 @@ def test_distances_of_states_equal_the_loop(kind: Any) -> None:
     assert found == pytest.approx(float(state_distance(student * 7, teacher * 7, kind)), rel=1e-4), "free of scale"
     assert float(state_distance(teacher, teacher, kind)) == pytest.approx(0, abs=1e-6)
     assert bool(torch.isfinite(state_distance(student, torch.zeros_like(teacher), "cosine")))
+
+
+def test_nearest_pairs_equal_the_loop_and_find_twins() -> None:
+    student, teacher = torch.randn(5, 7), torch.randn(9, 7)
+    found = nearest_pairs(student, teacher)
+    assert found.tolist() == greedy_pairs(student, teacher) and len(set(found.tolist())) == 5
+    order = torch.randperm(9)[:6]
+    assert torch.equal(nearest_pairs(teacher[order] + 0.05 * torch.randn(6, 7), teacher), order)
+    assert nearest_pairs(teacher[:0], teacher).tolist() == []
 
 
 def test_lora_starts_as_nothing_and_merges_to_what_it_computed() -> None:
