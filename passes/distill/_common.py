@@ -39,6 +39,8 @@ class Distill(Pass):
             raise ValueError("train: connector says by itself what trains; leave 'where' out")
 
     def requires(self, model: ModelView, ctx: Context) -> None:
+        from ._trained import sparse
+
         if self.train == "connector" and "connector" not in model.parts:
             raise Unmet(f"{self.name} finds no connector to train", where=f"family {model.family.name}")
         linears = self.selected(model)
@@ -62,6 +64,14 @@ class Distill(Pass):
             raise Unmet(
                 f"train: {self.train} of a head that shares its weight with the embedding would change both",
                 change="leave the head out of 'where', or train: full",
+            )
+        filled = sparse(model, linears) if self.train == "lora" else []
+        if filled:
+            raise Unmet(
+                "train: lora would fill the zeros that an earlier pass promised",
+                where=filled[0].path,
+                found=f"{len(filled)} sparse linears among those to train",
+                change="train: full, which keeps them",
             )
         if not len(ctx.fit):
             raise Unmet(f"{self.name} needs fit samples to validate on", change="raise calibration: fit")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ...calib.balance import frozen
 from ...compress.anatomy import LinearRef, ModelView, Unit
@@ -54,7 +54,29 @@ def training(
             parameters = norms(linears, more) if train == "norms" else whole(linears, more)
             for parameter in parameters:
                 parameter.requires_grad_(True)
-            yield Trained(parameters)
+            with zeros_kept([ref.module.weight for ref in sparse(model, linears)]):
+                yield Trained(parameters)
+
+
+def sparse(model: ModelView, linears: Sequence[LinearRef]) -> list[LinearRef]:
+    """Those of which an earlier pass promised zeros."""
+    promised = {path for entry in model.ledger for path in entry.record.get("promised_zeros", {})}
+    return [ref for ref in linears if ref.path in promised]
+
+
+@contextmanager
+def zeros_kept(weights: Sequence[nn.Parameter]) -> Iterator[None]:
+    """What is 0 in `weights` has no gradient inside, and so AdamW leaves it at 0."""
+
+    def silenced(gone: Tensor) -> Callable[[Tensor], Tensor]:
+        return lambda gradient: gradient.masked_fill(gone, 0)
+
+    hooks = [w.register_hook(silenced(w.detach() == 0)) for w in weights if w.requires_grad]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def whole(linears: Sequence[LinearRef], more: Sequence[Unit]) -> list[nn.Parameter]:

@@ -37,10 +37,11 @@ class Logits(Distill):
         lr: peak learning rate. About 1e-4 for ``full``; the others, which train less, want ten times as much.
         batch_size: samples a step. Batches whose tensors cannot be split by sample (the patches of all images in one
             tensor) are taken as the fit split gives them.
-        train: ``full``: all weights of the selected blocks. ``lora``: a low-rank update of each selected linear, merged
-            at the end. ``scales``: of the selected linears that are quantized, the scales, as shares of themselves; the
-            integers stay (EfficientQAT's second phase). ``connector``: all weights of the connector. ``norms``: of the
-            selected blocks, norms, biases and layer scales.
+        train: ``full``: all weights of the selected blocks, but zeros that an earlier pass promised. ``lora``: a
+            low-rank update of each selected linear, merged at the end. ``scales``: of the selected linears that are
+            quantized, the scales, as shares of themselves; the integers stay (EfficientQAT's second phase).
+            ``connector``: all weights of the connector. ``norms``: of the selected blocks, norms, biases and layer
+            scales.
         lora_rank: rank of that update.
         loss: with p the original's distribution and q the small model's, ``forward``: KL(p || q); ``reverse``: KL(q ||
             p); ``skewed``: KL(p || a p + (1 - a) q); ``skewed_reverse``: KL(q || (1 - a) p + a q). Forward heals;

@@ -15,6 +15,7 @@ from torch import Tensor
 from svlm.compress.anatomy import ModelView, view_of
 from svlm.compress.base import Context, Notes, evaluating
 from svlm.compress.errors import PromiseBroken, Unmet, WorkFailed
+from svlm.compress.ledger import Record
 from svlm.compress.pipeline import apply_pass, ask_promises
 from svlm.compress.runtime.grid import Grid
 from svlm.passes import find
@@ -168,6 +169,22 @@ def test_norms_train_alone(family: str) -> None:
     assert all(before[name].ndim == 1 and any(name.startswith(path) for path in inside) for name in moved)
     norms = {ref.norm for unit in student.parts["language"] for ref in unit.linears} - {None}
     assert {f"{norm}.weight" for norm in norms} <= moved, "every norm that the anatomy knows"
+
+
+def test_promised_zeros_stay() -> None:
+    student, teacher = pair()
+    paths = [ref.path for ref in student.linears("language.mlp")]
+    for path in paths:
+        weight = student.linear(path).module.weight
+        weight.data.masked_fill_(weight.abs() < weight.abs().median(), 0)
+    gone = {path: student.linear(path).module.weight == 0 for path in paths}
+    student.ledger._records.append(Record("prune.wanda", {}, {"promised_zeros": dict.fromkeys(paths, 0.5)}))
+    ctx = context(teacher, [zoo.batch("llava")])
+    with pytest.raises(Unmet, match="fill the zeros"):
+        replace(QUICK, train="lora", where="language").requires(student, ctx)
+    assert distilled(replace(QUICK, weight_decay=0.1), student, ctx).numbers["best_step"] > 0
+    assert all(torch.equal(student.linear(path).module.weight == 0, zeros) for path, zeros in gone.items())
+    assert not any(p._backward_hooks for p in student.model.parameters())
 
 
 def test_norms_of_quantized_blocks_may_train() -> None:
