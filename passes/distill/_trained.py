@@ -65,7 +65,7 @@ def sparse(model: ModelView, linears: Sequence[LinearRef]) -> list[LinearRef]:
 
 
 @contextmanager
-def zeros_kept(weights: Sequence[nn.Parameter]) -> Iterator[None]:
+def zeros_kept(weights: Sequence[Tensor]) -> Iterator[None]:
     """What is 0 in `weights` has no gradient inside, and so AdamW leaves it at 0."""
 
     def silenced(gone: Tensor) -> Callable[[Tensor], Tensor]:
