@@ -26,7 +26,7 @@ from tests.oracles.distill import distance
 from tests.passes.distill.test_features import hidden, without
 from tests.passes.distill.test_logits import changed, distilled, divergence, pair
 
-QUICK = Blocks(steps=12, lr=3e-3, batch_size=4, token_weights="uniform")
+QUICK = Blocks(steps=10, lr=3e-3, batch_size=4, token_weights="uniform")
 
 
 def walking(
@@ -58,7 +58,7 @@ def test_each_block_learns_what_the_original_returned() -> None:
     assert all("language_model" in name for name in changed(student, old))
 
 
-@pytest.mark.parametrize("family", ["qwen3-vl", "gemma3", "blip-2-t5", "florence-2", "donut"])
+@pytest.mark.parametrize("family", ["qwen3-vl", "blip-2-t5", "florence-2"])
 def test_other_families(family: str) -> None:
     student, teacher = pair(family)
     with torch.no_grad():
@@ -95,7 +95,7 @@ def test_after_a_token_pass_the_tokens_that_are_left_count() -> None:
     assert numbers["mean_loss_left"] < 0.9
 
 
-@pytest.mark.parametrize("train", ["full", "lora", "norms"])
+@pytest.mark.parametrize("train", ["full", "lora"])
 def test_killed_in_a_block_and_resumed(train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fit = [zoo.batch("llava", 2, seed) for seed in range(3)]
     step = replace(QUICK, steps=6, train=train, lr=1e-2, lora_rank=4, where="language", batch_size=1)
