@@ -2,10 +2,10 @@
 
     python benchmarks/recovery.py --runs runs/recovery --json benchmarks/results/recovery.json [--only cut-30 small]
 
-Each case is a recipe, run as `svlm compress` runs it, over the same 256 questions to fit on and 1,024 to check
-with, and fresh scenes to train on. The table has the stages: exact match against the original on the same questions,
-its paired interval, KL, parameters, bytes. Cases named after a recipe that ships are that recipe. Killed cases go on where
-they were; finished ones are not run again.
+Each case is a recipe, run as `svlm compress` runs it, over the same 256 questions to fit on and 1,024 to check with,
+and fresh scenes to train on. The table has the stages: exact match against the original on the same questions, its
+paired interval, KL, parameters, bytes. Cases named after a recipe that ships are that recipe. Killed cases go on
+where they were; finished ones are not run again.
 
 cut-30, cut-50      MLP channels and heads of language model and vision tower, then distillation.
 blocks-kl, blocks-influence, blocks-random

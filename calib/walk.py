@@ -118,6 +118,12 @@ class WalkUnit:
         for args, kwargs in self.inputs():
             yield self._walk._run(self.unit, args, kwargs)
 
+    def kept(self) -> Iterator[Kept | None]:
+        """For each of `inputs` what a token pass left of the unit's sequence (see stats.py); None: all of it."""
+        inside = self.unit.path.startswith(self._walk.view.decoder_path + ".")
+        for index, calls in enumerate(self._calls):
+            yield from [self._walk._kept[index] if inside else None] * len(calls)
+
     def run(self, call: Call, weights: Mapping[LinearRef, torch.Tensor]) -> Any:
         """What the unit returns for `call` with other weights in its linears, with gradients where they are enabled."""
         with swapped({ref.module: weight for ref, weight in weights.items()}):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -12,12 +13,13 @@ from typing import Any
 import torch
 
 from ..compress.anatomy import ModelView
-from ..compress.base import Context, Json, Progress, Silent, evaluating
+from ..compress.base import Batches, Context, Json, Progress, Silent, evaluating
 from .balance import Balance
 from .cost import cost
 from .dataset import CalibrationSet
 from .encode import Encoder
 from .judge import Judge
+from .sample import Sample
 from .walk import Walk
 
 PROBE_SAMPLES = 4
@@ -71,13 +73,22 @@ class Workbench:
         self, view: ModelView, *, seed: int = 0, scratch: Path | None = None, progress: Progress | None = None
     ) -> Context:
         """What a pass may use besides the model."""
-        recovery = self._recovery if self.data.recovery is not None else None
-        return _context(view, self.original, self.fit, seed, scratch, progress or self.progress, recovery)
+        recovery = self._encoded(self.data.recovery) if self.data.recovery is not None else None
+        made = _context(view, self.original, self.fit, seed, scratch, progress or self.progress)
+        return replace(made, recovery=recovery, source=lambda spec: self._encoded(self.data.other(spec, seed)))
 
     def rehearsal(self, view: ModelView, teacher: ModelView) -> Context:
         """The same on two samples, for a shrunken copy of the model."""
-        recovery = (lambda batch_size: iter([self._pair] * 2)) if self.data.recovery is not None else None
-        return _context(view, teacher, [self._pair], 0, None, Silent(), recovery)
+
+        def pairs(batch_size: int, start: int) -> Iterator[Mapping[str, Any]]:
+            return iter([self._pair] * 2)
+
+        def source(spec: str) -> Batches:
+            self.data.other(spec, 0)  # it is there and can be read
+            return pairs
+
+        made = _context(view, teacher, [self._pair], 0, None, Silent())
+        return replace(made, recovery=pairs if self.data.recovery is not None else None, source=source)
 
     def measure(
         self, view: ModelView, progress: Progress | None = None
@@ -108,11 +119,15 @@ class Workbench:
     def _pair(self) -> dict[str, torch.Tensor]:
         return self.encoder.encode(self.judge.answered(self.data.fit[:2]))
 
-    def _recovery(self, batch_size: int) -> Iterator[Mapping[str, Any]]:
-        assert self.data.recovery is not None
-        samples = iter(self.data.recovery())
-        while chunk := list(islice(samples, batch_size)):
-            yield self.encoder.encode(chunk)
+    def _encoded(self, samples: Callable[[], Iterator[Sample]]) -> Batches:
+        """Batches of `samples()`, the original's own answers where there are none."""
+
+        def batches(batch_size: int, start: int) -> Iterator[Mapping[str, Any]]:
+            rest = islice(samples(), start * batch_size, None)  # what comes before is neither answered nor encoded
+            while chunk := list(islice(rest, batch_size)):
+                yield self.encoder.encode(self.judge.answered(chunk))
+
+        return batches
 
 
 def _context(
@@ -122,7 +137,6 @@ def _context(
     seed: int,
     scratch: Path | None,
     progress: Progress,
-    recovery: Callable[[int], Iterator[Mapping[str, Any]]] | None,
 ) -> Context:
     balance = Balance(view, fit, scratch)
     seconds: dict[str, float] = {}
@@ -135,4 +149,4 @@ def _context(
         with evaluating(original.model):
             yield original
 
-    return Context(fit, walk, teacher, seed, progress, scratch, recovery, seconds)
+    return Context(fit, walk, teacher, seed, progress, scratch, seconds=seconds)

@@ -18,6 +18,8 @@ MENU = {
     "prune.wanda": "prune.wanda:Wanda",
     "prune.sparsegpt": "prune.sparsegpt:SparseGPT",
     "distill.logits": "distill.logits:Logits",
+    "distill.features": "distill.features:Features",
+    "distill.blocks": "distill.blocks:Blocks",
     "tokens.dpp": "tokens.dpp:DPP",
     "tokens.random": "tokens.random:Random",
     "tokens.grid": "tokens.grid:Grid",

@@ -25,6 +25,8 @@ SMALL = {  # settings that suit models with widths of 16 to 64
     "prune.wanda": {"pattern": "2:4", "where": ["vision", "language"]},
     "prune.sparsegpt": {"sparsity": 0.5, "blocksize": 16, "where": ["vision", "language"]},
     "distill.logits": {"steps": 2, "batch_size": 2},
+    "distill.features": {"steps": 2, "batch_size": 2, "features": ["vision", "language"]},
+    "distill.blocks": {"steps": 2, "batch_size": 1},
     "quantize.rtn": {"bits": 4, "group": -1, "where": ["language"]},
     "quantize.gptq": {"bits": 4, "group": -1, "where": ["language"]},
     "quantize.awq": {"bits": 4, "group": -1, "where": ["language"], "steps": 3},
