@@ -68,22 +68,22 @@ def magnitude(slices: Sequence[tuple[Tensor, int]], units: int) -> Tensor:
     return total.sqrt()
 
 
-def taylor(weight: Tensor, gradients: Sequence[Tensor], units: int) -> Tensor:
-    """First-order change of the loss when a group is removed (LLM-Pruner, arXiv 2305.11627), mean over batches.
+def taylor(pairs: Sequence[tuple[Tensor, Tensor]], units: int) -> Tensor:
+    """First-order change of the loss when a group is removed (LLM-Pruner, arXiv 2305.11627).
 
-    ``|sum_{i, j in group} W_ij G_ij|`` on the linear that reads the group's channels equals the loss's derivative along
-    the group's output, all of whose effect passes through these columns.
+    ``|sum_{i, j in group} W_ij G_ij|`` over the linears that read the group's channels equals the loss's derivative
+    along the group's output, all of whose effect passes through these columns.
 
     Args:
-        weight: [out, in]. gradients: of the loss, one a batch, like `weight`.
+        pairs: (weight [out, in], gradient of the loss, like the weight) of each of these linears.
 
     Returns:
         [units], float64; unit u owns the u-th run of `in / units` columns.
     """
-    scores = torch.zeros(units, dtype=torch.float64)
-    for gradient in gradients:
-        scores += (weight.detach() * gradient).double().sum(0).cpu().reshape(units, -1).sum(1).abs()
-    return scores / max(1, len(gradients))
+    score = torch.zeros(units, dtype=torch.float64)
+    for weight, gradient in pairs:
+        score += (weight.detach() * gradient).double().sum(0).cpu().reshape(units, -1).sum(1)
+    return score.abs()
 
 
 def best(scores: Tensor, count: int) -> list[int]:

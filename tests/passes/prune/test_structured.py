@@ -321,7 +321,7 @@ def test_refusals_name_what_to_change() -> None:
 
 
 def test_an_anatomy_that_forgets_a_consumer_is_caught_by_the_trace(monkeypatch: pytest.MonkeyPatch) -> None:
-    from svlm.passes.prune import _groups
+    from svlm.passes.prune import _groups, _plan
 
     model, batch = zoo.build("llava")
     view = view_of(model)
@@ -331,9 +331,9 @@ def test_an_anatomy_that_forgets_a_consumer_is_caught_by_the_trace(monkeypatch: 
         return {k: v for k, v in honest(mlp, chosen).items() if k[0] != mlp.gate}
 
     before = [p.shape for p in model.parameters()]
-    monkeypatch.setattr(_groups, "mlp_group", forgetful)
+    monkeypatch.setattr(_plan, "mlp_group", forgetful)
     with pytest.raises(WorkFailed, match="disagree"):
-        SMALL._held_against_trace(view, context(view, batch), SMALL._targets(view))
+        SMALL.apply(view, context(view, batch))
     assert [p.shape for p in model.parameters()] == before
 
 
