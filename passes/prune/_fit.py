@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -19,6 +20,7 @@ from ...compress.errors import Unmet
 from ._groups import Target, mlp_of
 from ._hidden import Dim, Reading, Stream, Wish, stream_linears
 from ._shapes import (
+    BIAS_KEYS,
     DIM_KEY,
     HEAD_KEYS,
     KV_KEY,
@@ -38,19 +40,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Fit:
-    """What a stock config can say.
+    """What becomes narrower, and how the config says it.
 
     Attributes:
         targets: those that were asked for, then `implied` more that the same config keys decide (an MLP whose inner
             width is a residual stream's).
-        edits: of the config. built: the model of the edited config, on the meta device.
+        edits: of the config. built: the model of the edited config, on the meta device; None where no config is to say
+            the shapes, and the targets are still whole.
+        idle: dimensions of modules that the anatomy ignores, which the same keys make narrower: any channels may go.
+        shifted: the linears whose bias makes up for the mean of what they read no more; `unshifted` cannot hold one.
     """
 
     targets: list[Target]
     streams: list[Stream]
     edits: Edits
-    built: nn.Module
-    implied: int
+    built: nn.Module | None
+    implied: int = 0
+    idle: Mapping[Dim, int] = field(default_factory=dict)
+    shifted: tuple[str, ...] = ()
+    unshifted: tuple[str, ...] = ()
 
 
 def find_fit(view: ModelView, targets: Sequence[Target], wishes: Sequence[Wish] = ()) -> Fit:
@@ -72,9 +80,11 @@ def find_fit(view: ModelView, targets: Sequence[Target], wishes: Sequence[Wish] 
         raise Unmet(
             "no stock config expresses these shapes, so `from_pretrained` could not load them",
             found="; ".join([found, *search.obstacles]),
-            change="select all blocks of the part, or another 'what' or 'where'",
+            change="select all blocks of the part, or another 'what' or 'where'"
+            + (", or heads and hidden together" if any(t.kind == "heads" for t in targets) and not wishes else ""),
         )
-    return Fit(search.targets, search.streams, search.edits, search.built, len(search.targets) - len(targets))
+    implied = len(search.targets) - len(targets)
+    return Fit(search.targets, search.streams, search.edits, search.built, implied, search.idle)
 
 
 class _Search:
@@ -86,6 +96,7 @@ class _Search:
         self.built = blueprint(view.model, config)
         self.current = shapes_of(self.built)
         self.edits: Edits = {}
+        self.idle: dict[Dim, int] = {}
         self.streams: list[Stream] = []
         self.obstacles: list[str] = []
 
@@ -102,6 +113,10 @@ class _Search:
         self.edits |= trial
         self.config, self.built, self.current = config, built, shapes_of(built)
 
+    def _ignored(self, name: str) -> bool:
+        """Whether the tensor belongs to what the anatomy leaves out: nothing reads what it computes."""
+        return any(fnmatchcase(name.rpartition(".")[0], pattern) for pattern in self.view.family.ignored)
+
     def resize(self) -> None:
         """Try the keys of MLP widths and head counts, one after the other."""
         for trial in _candidates(self.config, self.targets):
@@ -112,11 +127,14 @@ class _Search:
                 continue
             shapes = shapes_of(attempt[1])
             changed = changes(self.current, shapes)
-            wrong = sorted(name for (name, dim), size in changed.items() if self.claims.get((name, dim)) != size)
+            others = {place: size for place, size in changed.items() if self.claims.get(place) != size}
+            idle = {(name, dim): size for (name, dim), size in others.items() if size > 0 and self._ignored(name)}
+            wrong = sorted(name for name, _ in others.keys() - idle.keys())
             if wrong:
                 self.obstacles.append(f"{_say(trial)} would also change {wrong[0]}")
             elif changed:
                 self._accept(trial, *attempt)
+                self.idle |= idle
             else:
                 self.obstacles.append(f"{_say(trial)} would change nothing")
 
@@ -161,6 +179,64 @@ class _Search:
             found="; ".join(failed) or f"no config key that says {wish.width}",
             change="prune mlp or heads of this part" if "heads" in str(failed) else "take another 'what'",
         )
+
+
+def with_biases(view: ModelView, fit: Fit) -> Fit:
+    """The fit with a bias in each linear that reads a target's channels, where a stock config can say that.
+
+    What a config key adds besides (biases of queries, keys and values) holds zeros.
+    """
+    readers = [target.reader for target in fit.targets]
+    if fit.built is None:
+        return replace(fit, shifted=tuple(readers))
+    config = edit(copy.deepcopy(view.model.config), fit.edits)
+    edits, built = dict(fit.edits), fit.built
+    shapes = shapes_of(built)
+    for place, part in [*config_tree(config)]:
+        for key in BIAS_KEYS:
+            lacking = {f"{path}.bias" for path in readers} - set(shapes)
+            if not lacking or vars(part).get(key) is not False:
+                continue
+            setattr(part, key, True)
+            attempt = blueprint(view.model, config)
+            after = shapes_of(attempt)
+            more = set(after) - set(shapes)
+            if more & lacking and all(name.endswith(".bias") for name in more) and shapes.items() <= after.items():
+                edits[f"{place}{key}"], built, shapes = True, attempt, after
+            else:
+                setattr(part, key, False)
+    shifted = tuple(path for path in readers if f"{path}.bias" in shapes)
+    unshifted = tuple(path for path in readers if path not in shifted)
+    return replace(fit, edits=edits, built=built, shifted=shifted, unshifted=unshifted)
+
+
+def check_uncounted(view: ModelView, targets: Sequence[Target]) -> None:
+    """Refuse heads whose number a block keeps in places other than the shapes of its linears.
+
+    Raises:
+        Unmet: no stock config says fewer heads at all, or attention modules hold the number.
+    """
+    parts = {t.unit.part for t in targets if t.kind == "heads"}
+    fewer = [
+        Target(unit, "heads", (a.n_kv_heads - 1) * (a.n_heads // a.n_kv_heads), a.n_kv_heads - 1)
+        for part in parts
+        for unit in view.parts[part]
+        if (a := unit.attention) is not None and a.n_kv_heads > 1
+    ]
+    if not fewer:
+        return
+    built = find_fit(view, fewer).built
+    assert built is not None
+    for target in fewer:
+        path = target.attention.module
+        theirs = vars(built.get_submodule(path))
+        for key, value in vars(view.model.get_submodule(path)).items():
+            if type(value) is int and theirs.get(key, value) != value:
+                raise Unmet(
+                    "blocks of this model count their heads, so they cannot lose different numbers of them",
+                    where=f"{path}.{key}",
+                    change="allocation: uniform, or leave heads out of 'what'",
+                )
 
 
 def claims_of(targets: Sequence[Target], names: Mapping[str, Any]) -> dict[Dim, int]:

@@ -184,6 +184,15 @@ def cut(model: nn.Module, cuts: Cuts) -> None:
                 module.out_features, module.in_features = new.shape
 
 
+def empty_linear(linear: nn.Linear, shape: Sequence[int], bias: bool = False) -> None:
+    """New weights of this shape that hold zeros; `bias`: with one, even where there was none."""
+    like = linear.weight
+    linear.weight = nn.Parameter(torch.zeros(*shape, dtype=like.dtype, device=like.device), like.requires_grad)
+    if bias or linear.bias is not None:
+        linear.bias = nn.Parameter(torch.zeros(shape[0], dtype=like.dtype, device=like.device), like.requires_grad)
+    linear.out_features, linear.in_features = linear.weight.shape
+
+
 def _tensor(model: nn.Module, name: str) -> Tensor:
     path, _, key = name.rpartition(".")
     found = getattr(model.get_submodule(path), key)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import heapq
+import math
 from collections.abc import Sequence
 
 import torch
@@ -84,6 +86,62 @@ def taylor(pairs: Sequence[tuple[Tensor, Tensor]], units: int) -> Tensor:
     for weight, gradient in pairs:
         score += (weight.detach() * gradient).double().sum(0).cpu().reshape(units, -1).sum(1)
     return score.abs()
+
+
+def fluctuation(variance: Tensor, weight: Tensor, units: int) -> Tensor:
+    """How much a linear's output moves about its mean through each input: FLAP's WIFV (arXiv 2312.11983).
+
+    ``Var(x_j) ||W_:j||^2``, summed over the channels of a unit: what is lost when the unit is held at its mean.
+
+    Args:
+        variance: [in]. weight: [out, in].
+
+    Returns:
+        [units], float64; unit u owns the u-th run of `in / units` columns.
+    """
+    energy = weight.detach().double().square().sum(0).cpu()
+    return (variance.cpu() * energy).reshape(units, -1).sum(1)
+
+
+def standardised(scores: Tensor) -> Tensor:
+    """Mean 0, standard deviation 1: scores of modules of different scale can be ranked together (FLAP)."""
+    spread = scores.std(correction=0)
+    return (scores - scores.mean()) / spread if float(spread) > 0 else torch.zeros_like(scores)
+
+
+def allocate(scores: Sequence[Tensor], ratio: float, floor: float, multiple: int = 1) -> list[int]:
+    """How many units each block keeps where the least important of all blocks go.
+
+    Each block gives up its lowest units in runs, down to multiples of `multiple`; the run with the lowest mean of
+    standardised scores goes first, until the share `ratio` of all units is gone, as nearly as runs allow.
+
+    Args:
+        scores: [units] of each block. floor: least share that a block keeps, rounded up to a multiple.
+    """
+    order = [standardised(s).sort().values for s in scores]
+    kept = [len(s) for s in scores]
+    least = [max(multiple, math.ceil(floor * len(s) / multiple - 1e-9) * multiple) for s in scores]
+    left = ratio * sum(kept)
+
+    def run(block: int) -> tuple[float, int, int] | None:
+        """(mean score, block, units) of what the block would give up next."""
+        after = (kept[block] - 1) // multiple * multiple
+        if after < least[block]:
+            return None
+        gone = len(order[block]) - kept[block]
+        return float(order[block][gone : len(order[block]) - after].mean()), block, kept[block] - after
+
+    heap = [found for block in range(len(scores)) if (found := run(block))]
+    heapq.heapify(heap)
+    while heap:
+        _, block, units = heapq.heappop(heap)
+        if units > 2 * left:  # further off with it than without it
+            continue
+        kept[block] -= units
+        left -= units
+        if found := run(block):
+            heapq.heappush(heap, found)
+    return kept
 
 
 def best(scores: Tensor, count: int) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,14 +11,26 @@ from torch import Tensor, nn
 
 from ._groups import Target, mlp_of
 from ._hidden import Stream
-from ._importance import AbsMean, HeadNorm, magnitude, taylor
+from ._importance import AbsMean, HeadNorm, fluctuation, magnitude, taylor
 
 if TYPE_CHECKING:
     from ...calib.stats import TokenWeights
     from ...compress.anatomy import LinearRef, ModelView
     from ...compress.base import Context
 
-Scores = tuple[list[Tensor], list[Tensor]]  # of each target's channels or query heads, of each stream's channels
+
+@dataclass(frozen=True)
+class Scores:
+    """Importances, float64.
+
+    Attributes:
+        targets: of each target's channels or query heads. streams: of each stream's channels.
+        means: the mean of each input channel of each target's reader, where the walk measured that.
+    """
+
+    targets: list[Tensor]
+    streams: list[Tensor]
+    means: list[Tensor] | None = None
 
 
 def random_scores(targets: Sequence[Target], streams: Sequence[Stream], seed: int) -> Scores:
@@ -27,7 +40,7 @@ def random_scores(targets: Sequence[Target], streams: Sequence[Stream], seed: in
     def rolled(units: int) -> Tensor:
         return torch.rand(units, generator=generator, dtype=torch.float64)
 
-    return [rolled(t.units) for t in targets], [rolled(s.width) for s in streams]
+    return Scores([rolled(t.units) for t in targets], [rolled(s.width) for s in streams])
 
 
 def weight_scores(model: nn.Module, targets: Sequence[Target], streams: Sequence[Stream]) -> Scores:
@@ -45,7 +58,7 @@ def weight_scores(model: nn.Module, targets: Sequence[Target], streams: Sequence
                 each = weight.detach().double().square() if every is None else every
                 energy += each.cpu().reshape(copies, stream.width).sum(0)
         of_streams.append(energy.sqrt())
-    return [_magnitude(model, target) for target in targets], of_streams
+    return Scores([_magnitude(model, target) for target in targets], of_streams)
 
 
 def _magnitude(model: nn.Module, target: Target) -> Tensor:
@@ -98,7 +111,7 @@ def gradient_scores(view: ModelView, ctx: Context, targets: Sequence[Target], st
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)
         ctx.progress.done()
-    return scores[: len(targets)], scores[len(targets) :]
+    return Scores(scores[: len(targets)], scores[len(targets) :])
 
 
 def activation_scores(
@@ -130,7 +143,29 @@ def activation_scores(
     for stream in streams:
         inside = [n["hidden"] for name, n in notes.items() if name.startswith(f"{stream.part}.") and "hidden" in n]
         of_streams.append(torch.tensor(inside, dtype=torch.float64).sum(0))
-    return of_targets, of_streams
+    return Scores(of_targets, of_streams)
+
+
+def fluctuation_scores(
+    view: ModelView, ctx: Context, where: Iterable[str], targets: Sequence[Target], token_weights: TokenWeights
+) -> Scores:
+    """FLAP's, and the means that go with the channels which it takes."""
+    from ...calib.stats import Spread
+
+    walk = ctx.walk(list(where), name="importance")
+    for block in walk:
+        for target in targets:
+            if target.unit.name == block.name:
+                reader = next(ref for ref in block.linears if ref.path == target.reader)
+                (stat,) = block.observe(Spread, [reader], token_weights=token_weights).values()
+                block.notes[target.key] = {"mean": stat.mean.tolist(), "variance": stat.variance.tolist()}
+    scores, means = [], []
+    for target in targets:
+        note = walk.notes[target.unit.name][target.key]
+        mean, variance = (torch.tensor(note[key], dtype=torch.float64) for key in ("mean", "variance"))
+        scores.append(fluctuation(variance, view.weight(target.reader), target.units))
+        means.append(mean)
+    return Scores(scores, [], means)
 
 
 def _stat(target: Target) -> type[AbsMean] | _Heads:

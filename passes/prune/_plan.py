@@ -2,18 +2,42 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor, nn
+
 from ...compress.errors import Unmet, WorkFailed
-from ._fit import Fit, find_fit
+from ._fit import Fit, check_uncounted, find_fit, with_biases
 from ._groups import Target, mlp_group, mlp_of, traced
 from ._hidden import Stream, Wish, blocks_of, stream_linears, stream_width
-from ._importance import fewer_heads, narrower
+from ._importance import allocate, fewer_heads, narrower
 
 if TYPE_CHECKING:
     from ...compress.anatomy import ModelView
     from ...compress.base import Context, Json
     from .structured import Structured
+
+
+def plan_of(step: Structured, view: ModelView) -> Fit:
+    """What becomes narrower, and what says so: a stock config, or with ``allocation: global`` the ledger alone.
+
+    Raises:
+        Unmet: it cannot be done, for the reason that it names.
+    """
+    fit = stock_fit(step, view) if step.allocation == "uniform" else Fit(uneven_targets(step, view), [], {}, None)
+    if step.importance != "flap" or step.compensate == "never":
+        return fit
+    fit = with_biases(view, fit)
+    if step.compensate == "always" and fit.unshifted:
+        raise Unmet(
+            "no stock config gives these linears the bias that compensates",
+            where=fit.unshifted[0],
+            found=f"{len(fit.unshifted)} of {len(fit.targets)} linears without",
+            change="compensate: auto, or allocation: global",
+        )
+    return fit
 
 
 def stock_fit(step: Structured, view: ModelView) -> Fit:
@@ -45,30 +69,83 @@ def targets_of(step: Structured, view: ModelView, rank: int = 0) -> list[Target]
     Raises:
         Unmet: nothing of a kind is selected, or the ratio rounds to nothing.
     """
-    selected = {ref.path for ref in view.linears(step.where)}
     targets: list[Target] = []
-    for kind in step.what:
-        found = kind == "hidden"
-        for unit in view.select(step.where):
-            mlp, attention = unit.mlp, unit.attention
-            if kind == "mlp" and mlp and mlp.down in selected:
-                found = True
-                size = narrower(mlp.width, step.ratio, step.multiple)
-                if size >= mlp.width:
-                    raise _nothing(step, unit.name, f"{mlp.width} channels in multiples of {step.multiple}")
-                targets.append(Target(unit, "mlp", size))
-            if kind == "heads" and attention and attention.o in selected:
-                found = True
-                options = fewer_heads(attention.n_heads, attention.n_kv_heads, step.ratio)
-                if not options:
-                    have = f"{attention.n_heads} query heads in {attention.n_kv_heads} key-value groups"
-                    raise _nothing(step, unit.name, have)
-                if rank >= len(options):
-                    return None
-                targets.append(Target(unit, "heads", *options[rank]))
-        if not found:
-            raise Unmet(f"{step.name} finds no {kind} to prune", where=f"where: {step.where}")
+    for whole in whole_targets(step, view):
+        if whole.kind == "mlp":
+            size = narrower(whole.units, step.ratio, step.multiple)
+            if size >= whole.units:
+                raise _nothing(step, whole.unit.name, f"{whole.units} channels in multiples of {step.multiple}")
+            targets.append(replace(whole, size=size))
+            continue
+        options = fewer_heads(whole.units, whole.groups, step.ratio)
+        if not options:
+            have = f"{whole.units} query heads in {whole.groups} key-value groups"
+            raise _nothing(step, whole.unit.name, have)
+        if rank >= len(options):
+            return None
+        targets.append(replace(whole, size=options[rank][0], groups=options[rank][1]))
     return targets
+
+
+def whole_targets(step: Structured, view: ModelView) -> list[Target]:
+    """The selected MLPs and attentions, nothing of them removed.
+
+    Raises:
+        Unmet: nothing of a kind is selected.
+    """
+    selected = {ref.path for ref in view.linears(step.where)}
+    units = view.select(step.where)
+    found: dict[str, list[Target]] = {
+        "mlp": [Target(u, "mlp", u.mlp.width) for u in units if u.mlp and u.mlp.down in selected],
+        "heads": [
+            Target(u, "heads", u.attention.n_heads, u.attention.n_kv_heads)
+            for u in units
+            if u.attention and u.attention.o in selected
+        ],
+    }
+    for kind in step.what:
+        if kind != "hidden" and not found[kind]:
+            raise Unmet(f"{step.name} finds no {kind} to prune", where=f"where: {step.where}")
+    return [target for kind in step.what for target in found.get(kind, [])]
+
+
+def uneven_targets(step: Structured, view: ModelView) -> list[Target]:
+    """The selected MLPs and attentions, whose sizes their scores are to decide.
+
+    Raises:
+        Unmet: nothing of a kind is selected, none may become narrower, or blocks count their heads.
+    """
+    targets = whole_targets(step, view)
+    rough = [torch.arange(_runs(target)[0], dtype=torch.float64) for target in targets]
+    for kind in step.what:
+        mine = [i for i, target in enumerate(targets) if target.kind == kind]
+        before = [len(rough[i]) for i in mine]
+        multiple = step.multiple if kind == "mlp" else 1
+        if allocate([rough[i] for i in mine], step.ratio, step.floor, multiple) == before:
+            raise _nothing(step, f"{kind} of {len(mine)} blocks", f"{sorted(set(before))} in multiples of {multiple}")
+    check_uncounted(view, targets)
+    return targets
+
+
+def allotted(step: Structured, targets: list[Target], scores: list[Tensor]) -> list[Target]:
+    """`targets` with the sizes that their scores give them, ranked over all blocks, each kind by itself.
+
+    Heads go as whole key-value groups.
+    """
+    sized = list(targets)
+    for kind in step.what:
+        mine = [i for i, target in enumerate(targets) if target.kind == kind]
+        by_run = [scores[i].reshape(_runs(targets[i])).sum(1) for i in mine]
+        multiple = step.multiple if kind == "mlp" else 1
+        for i, kept in zip(mine, allocate(by_run, step.ratio, step.floor, multiple)):
+            each = _runs(targets[i])[1]
+            sized[i] = replace(targets[i], size=kept * each, groups=kept if kind == "heads" else 0)
+    return sized
+
+
+def _runs(target: Target) -> tuple[int, int]:
+    """What goes as a whole: how many there are, and how many channels or query heads in each."""
+    return (target.units, 1) if target.kind == "mlp" else (target.groups, target.units // target.groups)
 
 
 def wishes_of(step: Structured, view: ModelView) -> list[Wish]:
@@ -195,8 +272,6 @@ def _traced(view: ModelView, ctx: Context, path: str, untraced: dict[str, str], 
 
 def _members(view: ModelView, stream: Stream) -> set[tuple[str, str, int]]:
     """The modules through which channel 0 runs, as the trace names them."""
-    from torch import nn
-
     members = set()
     for (name, dim), copies in stream.slices.items():
         path, _, key = name.rpartition(".")
@@ -208,8 +283,6 @@ def _members(view: ModelView, stream: Stream) -> set[tuple[str, str, int]]:
 
 def _bare(view: ModelView, stream: Stream) -> str | None:
     """A matrix of the stream that belongs to no layer that the tracer knows."""
-    from torch import nn
-
     known = (nn.Linear, nn.Embedding, nn.MultiheadAttention)
     for name, _ in stream.slices:
         path, _, key = name.rpartition(".")

@@ -11,6 +11,7 @@ from torch import nn
 
 MLP_KEYS = ("intermediate_size", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "d_ff")
 HEAD_KEYS = ("num_attention_heads", "num_heads", "encoder_attention_heads", "decoder_attention_heads")
+BIAS_KEYS = ("mlp_bias", "attention_bias", "use_bias", "enable_bias", "bias")
 KV_KEY, DIM_KEY = "num_key_value_heads", "head_dim"
 KEYS = (*MLP_KEYS, *HEAD_KEYS, KV_KEY, DIM_KEY)
 
