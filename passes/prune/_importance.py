@@ -103,22 +103,26 @@ def fluctuation(variance: Tensor, weight: Tensor, units: int) -> Tensor:
     return (variance.cpu() * energy).reshape(units, -1).sum(1)
 
 
-def standardised(scores: Tensor) -> Tensor:
-    """Mean 0, standard deviation 1: scores of modules of different scale can be ranked together (FLAP)."""
-    spread = scores.std(correction=0)
-    return (scores - scores.mean()) / spread if float(spread) > 0 else torch.zeros_like(scores)
+def shares(scores: Tensor) -> Tensor:
+    """What part of its block's importance each unit carries: blocks of different scale can be ranked together.
+
+    FLAP ranks z-scores instead. Where a few units carry nearly all, those put the many dead ones near the mean, and
+    blocks that have none lose half of their units: on the demo model a thousand times the KL (0.195, not 0.0002).
+    """
+    total = scores.sum()
+    return scores / total if float(total) > 0 else torch.zeros_like(scores)
 
 
 def allocate(scores: Sequence[Tensor], ratio: float, floor: float, multiple: int = 1) -> list[int]:
     """How many units each block keeps where the least important of all blocks go.
 
     Each block gives up its lowest units in runs, down to multiples of `multiple`; the run with the lowest mean of
-    standardised scores goes first, until the share `ratio` of all units is gone, as nearly as runs allow.
+    `shares` goes first, until the share `ratio` of all units is gone, as nearly as runs allow.
 
     Args:
-        scores: [units] of each block. floor: least share that a block keeps, rounded up to a multiple.
+        scores: [units] of each block, none negative. floor: least share that a block keeps, rounded up to a multiple.
     """
-    order = [standardised(s).sort().values for s in scores]
+    order = [shares(s).sort().values for s in scores]
     kept = [len(s) for s in scores]
     least = [max(multiple, math.ceil(floor * len(s) / multiple - 1e-9) * multiple) for s in scores]
     left = ratio * sum(kept)

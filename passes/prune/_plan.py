@@ -48,6 +48,12 @@ def stock_fit(step: Structured, view: ModelView) -> Fit:
     Raises:
         Unmet: nothing of that kind is selected, the ratio rounds to nothing, or no stock config says it.
     """
+    if view.ledger.uneven:
+        raise Unmet(
+            "the blocks of this model differ in shape already, which no stock config says",
+            where=step.name,
+            change="allocation: global, or put this pass before the one that has it",
+        )
     first: Unmet | None = None
     wishes = wishes_of(step, view) if "hidden" in step.what else []
     rank = 0

@@ -47,8 +47,9 @@ class Structured(Pass):
             ``taylor``: first-order change of the loss (LLM-Pruner, arXiv 2305.11627); needs data. ``magnitude``: L2
             norm of all weights that belong to it. ``random``: the control.
         allocation: ``uniform``: every block loses the same share, stock transformers loads the result. ``global``: the
-            standardised scores of all selected blocks are ranked together, MLP channels and key-value groups each by
-            themselves, so blocks differ in width and only `svlm.load` loads the result. For `mlp` and `heads`.
+            units of all selected blocks are ranked together by their share of their block's importance, MLP channels
+            and key-value groups each by themselves, so blocks differ in width and only `svlm.load` loads the result.
+            For `mlp` and `heads`.
         floor: with `global`, the least share that every block keeps.
         compensate: with `flap`. ``auto``: where the linear has a bias or a config key gives it one (with `global`:
             everywhere). ``always``: refuse where it cannot. ``never``.

@@ -16,15 +16,13 @@ def wifv(x: list[list[float]], weights: list[float], matrix: list[list[float]]) 
     return scores
 
 
-def standardise(scores: list[float]) -> list[float]:
-    mean = sum(scores) / len(scores)
-    spread = math.sqrt(sum((s - mean) ** 2 for s in scores) / len(scores))
-    return [(s - mean) / spread for s in scores]
+def shares(scores: list[float]) -> list[float]:
+    return [s / sum(scores) for s in scores]
 
 
 def global_sizes(scores: list[list[float]], ratio: float, floor: float) -> list[int]:
-    """Units that each block keeps when the lowest standardised scores of all go, none below its floor. multiple = 1."""
-    everything = sorted((s, block) for block, some in enumerate(scores) for s in standardise(some))
+    """Units that each block keeps when the lowest shares of all go, none below its floor. multiple = 1."""
+    everything = sorted((s, block) for block, some in enumerate(scores) for s in shares(some))
     kept = [len(some) for some in scores]
     least = [max(1, math.ceil(floor * len(some))) for some in scores]
     gone, wanted = 0, ratio * sum(kept)

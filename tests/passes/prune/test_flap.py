@@ -18,13 +18,14 @@ from svlm.compress.errors import ModelError, PromiseBroken, Unmet, UsageError
 from svlm.compress.export.run import export_model
 from svlm.compress.pipeline import ask_promises
 from svlm.passes.prune._groups import attention_of, mlp_of
-from svlm.passes.prune._importance import allocate, best, fluctuation, standardised
+from svlm.passes.prune._importance import allocate, best, fluctuation, shares
 from svlm.passes.prune.structured import Structured
 from tests import zoo
 from tests.oracles import flap
 from tests.passes.prune.test_structured import context, kept_rows, logits, pruned, reloaded
 
 FLAP = Structured(ratio=0.5, multiple=4, importance="flap", token_weights="uniform")
+ALIKE = ("llava-next", "llava-onevision", "idefics3", "smolvlm", "qwen2-vl", "paligemma", "trocr")
 UNEVEN = replace(FLAP, allocation="global", ratio=0.4)
 
 
@@ -37,8 +38,8 @@ def test_scores_equal_the_loop() -> None:
     assert fluctuation(variance, matrix, 3).tolist() == pytest.approx(
         [wanted[0] + wanted[1], wanted[2] + wanted[3], wanted[4] + wanted[5]], rel=1e-9
     )
-    assert standardised(torch.tensor(wanted)).tolist() == pytest.approx(flap.standardise(wanted), rel=1e-5)
-    assert standardised(torch.ones(3)).tolist() == [0, 0, 0]
+    assert shares(torch.tensor(wanted)).tolist() == pytest.approx(flap.shares(wanted), rel=1e-5)
+    assert shares(torch.zeros(3)).tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -53,6 +54,7 @@ def test_global_sizes_are_multiples_near_the_ratio_and_above_the_floor() -> None
     dull, sharp = torch.cat([torch.zeros(60), torch.ones(4)]), torch.linspace(0, 1, 64)
     sizes = allocate([dull.double(), sharp.double()], 0.5, 0.25, 8)
     assert sum(sizes) == 64 and all(size % 8 == 0 and size >= 16 for size in sizes)
+    assert sizes[0] < sizes[1], "the dead channels of the first go before what the second uses"
     assert allocate([torch.rand(10), torch.rand(10)], 0.5, 0.0, 8) == [8, 8], "what is no multiple goes first"
     assert allocate([torch.rand(4)], 0.5, 0.9) == [4], "the floor"
 
@@ -124,7 +126,10 @@ def test_heads_are_compensated_too() -> None:
     assert not bool(view.linear(str(attention_of(unit).q)).module.bias.any()), "the config gives it one, of zeros"
 
 
-@pytest.mark.parametrize("family", zoo.FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(family, marks=[pytest.mark.slow] if family in ALIKE else []) for family in zoo.FAMILIES],
+)
 def test_blocks_of_different_widths_load_with_svlm(family: str, tmp_path: Path) -> None:
     model, batch = zoo.build(family)
     view, original = view_of(model), view_of(copy.deepcopy(model))
@@ -191,6 +196,22 @@ def test_an_uneven_model_is_not_exported_nor_loaded_from_a_damaged_folder(tmp_pa
     storage.save(view, tmp_path / "damaged")
     with pytest.raises(ModelError, match="lacks weights"):
         storage.load_model(tmp_path / "damaged", find=passes.find)
+
+
+def test_a_second_pass_goes_on_from_different_widths_or_is_refused(tmp_path: Path) -> None:
+    model, batch = zoo.build("llava")
+    view = view_of(model)
+    pruned(UNEVEN, view, batch)
+    for what in ("mlp", "hidden"):
+        uniform = replace(UNEVEN, allocation="uniform", importance="magnitude", what=(what,))
+        with pytest.raises(Unmet, match="differ in shape"):
+            uniform.requires(view, context(view, batch))
+    pruned(replace(UNEVEN, ratio=0.2), view, batch)
+    assert sum(mlp_of(unit).width for unit in view.parts["language"]) == 72
+    storage.save(view, tmp_path / "saved")
+    again = storage.load_model(tmp_path / "saved", find=passes.find)
+    assert torch.equal(logits(again, batch), logits(view, batch))
+    assert ask_promises(again, passes.find) == (["prune.structured"] * 2, None)
 
 
 def test_the_promise_holds_together_and_survives_a_block_that_goes() -> None:
