@@ -149,12 +149,16 @@ class _Search:
         anchors = {(f"{ref.path}.weight", 1) for ref in readers} | {(f"{ref.path}.weight", 0) for ref in writers}
         if wish.part == "language":
             anchors.add((f"{self.view.table.path}.weight", 1))
-        failed = []
-        for size, trial, tied in _widths(self.view, self.config, wish, self.targets):
+        failed: list[str] = []
+        hopeless = set()
+        for kind, size, trial, tied in _widths(self.view, self.config, wish, self.targets):
+            if kind in hopeless:
+                continue
             attempt = self._attempt(trial)
             if attempt is None:
                 failed.append(self.obstacles.pop())
                 continue
+            hopeless.add(kind)  # the config bears it: what its shapes lack now, they lack at every size
             shapes = shapes_of(attempt[1])
             try:
                 tally = reading.explain(self.current, shapes, self.claims, wish.width, size, tied)
@@ -176,7 +180,7 @@ class _Search:
         raise Unmet(
             f"no stock config expresses a narrower residual stream of the {wish.part} part",
             where=", ".join(keys) or f"widths of the anatomy row '{self.view.family.name}'",
-            found="; ".join(failed) or f"no config key that says {wish.width}",
+            found="; ".join(failed[:4]) or f"no config key that says {wish.width}",
             change="prune mlp or heads of this part" if "heads" in str(failed) else "take another 'what'",
         )
 
@@ -264,8 +268,8 @@ def changes(before: Shapes, after: Shapes) -> dict[Dim, int]:
 
 def _widths(
     view: ModelView, config: Any, wish: Wish, targets: Sequence[Target]
-) -> Iterator[tuple[int, Edits, tuple[int, int]]]:
-    """(channels that stay, edits, heads that these edits leave) worth trying for a stream, the simplest first."""
+) -> Iterator[tuple[str, int, Edits, tuple[int, int]]]:
+    """(kind, channels that stay, edits, heads that these edits leave) worth trying for a stream, the best first."""
     keys = [
         kept
         for key in view.family.widths.get(wish.part, ())
@@ -278,20 +282,25 @@ def _widths(
     place += "." if place else ""
     heads = [t for t in targets if t.kind == "heads" and t.unit.part == wish.part]
     dims = {unit.attention.head_dim for unit in view.parts[wish.part] if unit.attention}
-    trial = dict.fromkeys(keys, wish.size)
-    yield wish.size, trial, (0, 0)
-    if len(dims) == 1:
-        yield wish.size, trial | {f"{place}{DIM_KEY}": next(iter(dims))}, (0, 0)
+    width = {f"{place}{DIM_KEY}": next(iter(dims))} if len(dims) == 1 else {}
     counts = {(t.size, t.groups, t.attention.n_heads, t.attention.n_kv_heads) for t in heads}
-    if len(dims) == 1 and len(counts) == 1:
+    count: Edits = {}
+    n = kv = 0
+    if width and len(counts) == 1:
         ((n, kv, n_before, kv_before),) = counts
-        size = n * next(iter(dims))
-        if size < wish.width and size % wish.multiple == 0:
-            trial = dict.fromkeys(keys, size)
-            trial |= {place + key: n for key in HEAD_KEYS if _value(config, place + key) == n_before}
-            if _value(config, place + KV_KEY) == kv_before:
-                trial[place + KV_KEY] = kv
-            yield size, trial, (n, kv)
+        count = {place + key: n for key in HEAD_KEYS if _value(config, place + key) == n_before}
+        if _value(config, place + KV_KEY) == kv_before:
+            count[place + KV_KEY] = kv
+    for size in wish.sizes:
+        trial: Edits = dict.fromkeys(keys, size)
+        yield "plain", size, trial, (0, 0)
+        if width:
+            yield "with the heads' width", size, trial | width, (0, 0)
+        if count:  # configs that want the one to be a multiple of the other
+            yield "with the heads' number and width", size, trial | count | width, (n, kv)
+    tied = n * next(iter(dims), 0)
+    if count and tied < wish.width and tied % wish.multiple == 0:
+        yield "with the heads", tied, dict.fromkeys(keys, tied) | count, (n, kv)
 
 
 def _kept_name(config: Any, path: str) -> str | None:

@@ -31,11 +31,15 @@ WRITERS = ("attn.o", "cross.o", "mlp.down")
 
 @dataclass(frozen=True)
 class Wish:
-    """The residual stream of `part` is to become `size` channels wide, a multiple of `multiple`; `width` it is now."""
+    """The residual stream of `part`, now `width` channels wide, is to become narrower.
+
+    Attributes:
+        sizes: that it may have, the most wanted first; multiples of `multiple`.
+    """
 
     part: str
     width: int
-    size: int
+    sizes: tuple[int, ...]
     multiple: int
 
 

@@ -176,6 +176,13 @@ def narrower(size: int, ratio: float, multiple: int = 1) -> int:
     return max(1, -int(-(steps - 0.5) // 1)) * multiple
 
 
+def near_widths(size: int, ratio: float, multiple: int) -> tuple[int, ...]:
+    """`narrower` of `size`, then the multiples that remove half as much to half as much again, near ones first."""
+    wanted, nearest = size * (1 - ratio), narrower(size, ratio, multiple)
+    others = [w for w in range(multiple, size, multiple) if abs(w - wanted) <= size * ratio / 2 and w != nearest]
+    return nearest, *sorted(others, key=lambda w: (abs(w - wanted), w))
+
+
 def fewer_heads(n_heads: int, n_kv: int, ratio: float) -> list[tuple[int, int]]:
     """(query heads, key-value heads) that may stay, the nearest to `ratio` first; none that is further off than all.
 

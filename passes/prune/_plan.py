@@ -12,7 +12,7 @@ from ...compress.errors import Unmet, WorkFailed
 from ._fit import Fit, check_uncounted, find_fit, with_biases
 from ._groups import Target, mlp_group, mlp_of, traced
 from ._hidden import Stream, Wish, blocks_of, stream_linears, stream_width
-from ._importance import allocate, fewer_heads, narrower
+from ._importance import allocate, fewer_heads, narrower, near_widths
 
 if TYPE_CHECKING:
     from ...compress.anatomy import ModelView
@@ -181,10 +181,9 @@ def wishes_of(step: Structured, view: ModelView) -> list[Wish]:
                 where=f"{len(blocks_of(view, part))} blocks",
                 change="prune mlp or heads of this part",
             )
-        size = narrower(width, step.ratio, step.multiple)
-        if size >= width:
+        if narrower(width, step.ratio, step.multiple) >= width:
             raise _nothing(step, part, f"{width} channels in multiples of {step.multiple}")
-        wishes.append(Wish(part, width, size, step.multiple))
+        wishes.append(Wish(part, width, near_widths(width, step.ratio, step.multiple), step.multiple))
     if not wishes:
         raise Unmet(f"{step.name} finds no hidden to prune", where=f"where: {step.where}")
     return wishes

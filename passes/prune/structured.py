@@ -40,6 +40,7 @@ class Structured(Pass):
         what: ``mlp``, ``heads``, ``hidden``, or several of them. Heads keep their width. Where a config ties the width
             of the attention to the hidden width (CLIP, Qwen2-VL), `hidden` needs `heads` beside it, and as many
             channels stay as the heads that stay have. MLPs whose inner width is a hidden width (connectors) follow it.
+            Some configs want a hidden width that their number of heads divides: then the nearest such is taken.
         importance: ``minitron``: mean absolute activation of a channel (of a hidden one: behind the norms, summed over
             the blocks), mean L2 norm of a head's output; needs data.
             ``flap``: how much the output moves about its mean through a channel (arXiv 2312.11983); needs data. What

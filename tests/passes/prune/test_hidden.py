@@ -18,7 +18,7 @@ from svlm.compress.errors import PromiseBroken, Unmet, WorkFailed
 from svlm.compress.families import Family
 from svlm.compress.runtime.grid import Grid
 from svlm.passes.prune._groups import attention_of, mlp_of
-from svlm.passes.prune._importance import best
+from svlm.passes.prune._importance import best, near_widths
 from svlm.passes.prune.structured import Structured
 from tests import zoo
 from tests.oracles.hidden import silence
@@ -217,6 +217,29 @@ def test_refusals_name_what_to_change() -> None:
     view.grids[view.table.path] = Grid(4, -1, True, torch.ones(zoo.VOCAB, 1), None)
     with pytest.raises(Unmet, match="quantized already"):
         SMALL.requires(view, ctx)
+
+
+def test_a_width_that_the_config_does_not_bear_gives_way_to_the_nearest() -> None:
+    """Llama's hidden size is to be a multiple of its head count, though its heads have a width of their own."""
+    config = zoo.CONFIGS["llava"]()
+    config.text_config.num_attention_heads, config.text_config.num_key_value_heads = 4, 4
+    view = view_of(tf.AutoModelForImageTextToText.from_config(config).eval())
+    notes = pruned(replace(SMALL, ratio=0.2, multiple=2), view, zoo.batch("llava"))
+    assert notes.numbers["language_hidden"] == 24, "26 is no multiple of four heads; 28 removes less than 24 is off"
+    assert near_widths(192, 0.17, 16) == (160, 144) and near_widths(64, 0.99, 64) == (64,)
+    config = zoo.CONFIGS["llava"]()
+    config.text_config.hidden_size, config.text_config.head_dim = 36, 8
+    config.text_config.num_attention_heads, config.text_config.num_key_value_heads = 6, 3
+    joint = view_of(tf.AutoModelForImageTextToText.from_config(config).eval())
+    both = replace(SMALL, ratio=0.2, multiple=4, what=("hidden", "heads"))
+    notes = pruned(both, joint, zoo.batch("llava"))
+    assert (notes.numbers["language_hidden"], notes.numbers["query_heads"]) == (28, [4]), (
+        "28 is one of four, not of six"
+    )
+    hopeless = replace(SMALL, ratio=0.2, multiple=13)
+    fresh = view_of(zoo.model("llava"))
+    with pytest.raises(Unmet, match="not a multiple"):
+        hopeless.requires(fresh, context(fresh, zoo.batch("llava")))
 
 
 def test_a_row_that_names_the_wrong_keys_is_refused_or_caught() -> None:
