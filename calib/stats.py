@@ -76,6 +76,37 @@ class MeanSquare:
         self.mean += (weights @ x.square() - total * self.mean) / self.weight
 
 
+class Spread:
+    """Weighted mean and variance of ``x`` by channel (the fluctuation of FLAP, arXiv 2312.11983).
+
+    Batches are joined by their means and sums of squared deviations (Chan et al. 1979), so nothing cancels.
+
+    Attributes:
+        mean, variance: [channels], float64; the variance is the population's.
+    """
+
+    def __init__(self) -> None:
+        self.mean = self.variance = torch.zeros(0, dtype=torch.float64)
+        self.tokens = 0
+        self.weight = 0.0
+
+    def update(self, x: torch.Tensor, weights: torch.Tensor) -> None:
+        x, weights, total = _kept(x, weights, torch.float64)
+        if self.mean.numel() == 0:
+            self.mean = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
+            self.variance = torch.zeros_like(self.mean)
+        if total == 0:
+            return
+        before, self.weight = self.weight, self.weight + total
+        self.tokens += len(x)
+        mean = weights @ x / total
+        apart = mean - self.mean
+        share = total / self.weight
+        inside = weights @ (x - mean).square() / total
+        self.variance = (1 - share) * self.variance + share * (inside + apart.square() * (before / self.weight))
+        self.mean = self.mean + apart * share
+
+
 class ColumnNorm(MeanSquare):
     """Weighted root mean square by channel: the ``||X_j||`` of Wanda (arXiv 2306.11695) up to a constant."""
 

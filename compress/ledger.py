@@ -36,6 +36,11 @@ class Ledger:
     def __len__(self) -> int:
         return len(self._records)
 
+    @property
+    def uneven(self) -> bool:
+        """Whether a pass left linears in shapes that the config does not say, so that only svlm loads the model."""
+        return any(entry.record.get("uneven") for entry in self._records)
+
     def add(self, step: Pass, record: Mapping[str, Json]) -> None:
         """Append what `step` did."""
         self._records.append(Record(step.name, step.settings(), dict(record)))

@@ -25,6 +25,7 @@ from .families import Family
 from .ledger import SCHEMA, Ledger, Record
 from .mapped import map_weights, on_meta, read_mapped, release, worth_mapping
 from .runtime.codebook import codebooks, integer_grids
+from .uneven import adopt
 
 DEMO = Path(__file__).resolve().parent.parent / "calib" / "demo" / "model"
 LEDGER_FILE = "svlm.json"
@@ -181,11 +182,18 @@ def _load_saved(
     coded, plain = ({r["saved"]: r for r in saved["grids"].values() if ("levels" in r) is c} for c in (True, False))
     state, grids = unpack_state(tensors, plain)
     state, books = bnb.unpack_codebooks(state, coded)
+    ledger = Ledger.from_json(saved["ledger"])
     blank = AutoModelForImageTextToText.from_config(config)
     model, info = type(blank).from_pretrained(
-        None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
+        None,
+        config=config,
+        state_dict=state,
+        dtype=dtype,
+        output_loading_info=True,
+        ignore_mismatched_sizes=ledger.uneven,
     )
-    lost = sorted(info["missing_keys"]) + sorted(str(k) for k in info["mismatched_keys"])
+    wrong = adopt(model, state, info) if ledger.uneven else sorted(str(k) for k in info["mismatched_keys"])
+    lost = sorted(info["missing_keys"]) + wrong
     if lost:
         raise ModelError(
             "the saved model lacks weights", where=str(path), found=f"{len(lost)} missing, first: {lost[0]}"
@@ -193,7 +201,7 @@ def _load_saved(
     own = [Family.from_json(saved["family"])] if saved.get("family") else []
     view = view_of(model.eval(), _processor(str(path), trust_remote_code), source=saved["source"], rows=[*rows, *own])
     view.storage_dtype = storage
-    view.ledger = Ledger.from_json(saved["ledger"])
+    view.ledger = ledger
     view.grids |= {names[saved_name]: grid for saved_name, grid in grids.items()}
     view.grids |= {names[saved_name]: book for saved_name, book in books.items()}
     rebuild(view, view.ledger, find)

@@ -51,6 +51,12 @@ def export_model(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise OutputError("the folder for the export holds something", where=str(target), change="give a new folder")
     view = storage.load_model(spec, find=find, rows=rows, trust_remote_code=trust_remote_code)
+    if view.ledger.uneven:
+        raise UsageError(
+            "no other loader can build this model: its blocks differ in shape, which no config says",
+            where=str(spec),
+            change="prune with allocation: uniform, or load it with svlm.load",
+        )
     facts: dict[str, Json] = {"svlm": __version__, "format": name, "source": str(spec), "loader": row.loader}
     with disk.whole_folder(target) as temporary:
         facts |= _write(view, Path(storage.resolve(spec)), row.module, name, temporary, dense)
