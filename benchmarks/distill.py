@@ -26,10 +26,11 @@ WAYS: dict[str, Steps] = {
     "logits, skewed": [("distill.logits", {"loss": "skewed"})],
     "logits, skewed reverse": [("distill.logits", {"loss": "skewed_reverse"})],
     "features + logits, mse": [("distill.features", {})],
-    "features + 10 logits, mse": [("distill.features", {"weight": 10.0})],
+    "features + logits, even": [("distill.features", {"weight": 1.0})],
     "features + logits, cosine": [("distill.features", {"distance": "cosine"})],
     "features alone, mse": [("distill.features", {"weight": 0.0})],
     "blocks": [("distill.blocks", {})],
+    "blocks, then logits": [("distill.blocks", {}), ("distill.logits", {})],
 }
 
 

@@ -29,8 +29,9 @@ class Features(Logits):
         features: selector of the blocks (and connectors) whose outputs are compared.
         distance: ``mse``: squared difference of a token's state over its square in the original, so that tokens with
             huge states count like all others; ``cosine``: directions alone.
-        weight: of the loss on answer distributions; 0: hidden states alone. What is kept is chosen by the answers' KL
-            all the same.
+        weight: of the loss on answer distributions, which is far smaller than the distance of states once a model says
+            nearly what the original says; 0: hidden states alone. What is kept is chosen by the answers' KL all the
+            same.
         steps: optimizer steps.
         lr: peak learning rate. About 1e-4 for ``full``; the others, which train less, want ten times as much.
         batch_size: samples a step. Batches whose tensors cannot be split by sample are taken as the fit split gives
@@ -55,7 +56,7 @@ class Features(Logits):
 
     features: tuple[str, ...] | str = ("language",)
     distance: Literal["mse", "cosine"] = "mse"
-    weight: float = 1.0
+    weight: float = 10.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
