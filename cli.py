@@ -92,7 +92,7 @@ def cli() -> None:
     MODEL   a Hugging Face model folder, a hub id, or demo
     DATA    a JSONL file, one question a line:
             {"image": "a.png", "question": "how many dogs?", "answer": "2"}
-    RECIPE  a YAML file, or default, int4, tokens-half, tiny
+    RECIPE  a YAML file, or default, small, int4, tokens-half, tiny, ...
 
     Exit codes: 0 all gates hold, 1 a gate failed, 2 usage or data error, 3 the work itself failed.
     """
@@ -293,7 +293,7 @@ def export(
     Examples:
       svlm export runs/int4 --format gptq -o int4-gptq
       svlm export runs/int4 --format awq --dense -o int4-awq
-      svlm export runs/pruned --format bnb -o nf4
+      svlm export runs/nf4 --format bnb -o nf4-bnb
     """
     from .passes.api import export_model
 

@@ -2,13 +2,13 @@
 
     python benchmarks/formats.py --questions 200 --json benchmarks/results/formats.json
 
-The demo model is quantized (4 bits, groups of 64, vision tower, connector and language model), saved, exported,
-loaded through stock transformers with the other project's kernels on CPU, and asked check questions in bfloat16, as
-that loader runs. Its answers are compared with those of `svlm.load` of the same result in bfloat16 and in float32; an
-answer whose two best tokens are nearly tied can differ between those two as well, so that their difference is given
-beside. `logits`: distance of the first answer token's logits from svlm's in bfloat16, as a share of their norm.
-`openvino` is svlm's own runtime. Formats whose loader is not installed are left out and named; what the file knows of
-others stays, so that loaders which need different environments can be asked one after the other.
+The demo model is quantized (4 bits, vision tower, connector and language model; gptq in groups of 64, for `bnb` NF4),
+saved, exported, loaded through stock transformers with the other project's kernels on CPU, and asked check questions
+in bfloat16, as that loader runs. Its answers are compared with those of `svlm.load` of the same result in bfloat16
+and in float32; an answer whose two best tokens are nearly tied can differ between those two as well, so that their
+difference is given beside. `logits`: distance of the first answer token's logits from svlm's in bfloat16, as a share
+of their norm. `openvino` is svlm's own runtime. Formats whose loader is not installed are left out and named; what
+the file knows of others stays, so that loaders which need different environments can be asked one after the other.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ def answers(model: Any, view: Any, samples: Any, dtype: torch.dtype) -> tuple[li
     return said, torch.cat(first)
 
 
-def quantized(name: str, folder: Path) -> None:
+def quantized(name: str, settings: dict[str, Any], folder: Path) -> None:
     view = svlm.load_view("demo")
     bench = svlm.Workbench(svlm.load_view("demo"), svlm.CalibrationSet.load("demo", fit=128, check=1), latency=False)
-    svlm.apply_pass(svlm.find(name).from_settings({"bits": 4, "group": 64}), view, bench.context(view))
+    svlm.apply_pass(svlm.find(name).from_settings(settings), view, bench.context(view))
     storage.save(view, folder)
 
 
@@ -85,9 +85,11 @@ def main() -> None:
     if facts.get("questions") != len(samples):
         facts = {"questions": len(samples)}
     with tempfile.TemporaryDirectory() as scratch:
-        source = Path(scratch) / "quantized"
-        quantized("quantize.gptq", source)
+        gptq, nf4 = Path(scratch) / "gptq", Path(scratch) / "nf4"
+        quantized("quantize.gptq", {"bits": 4, "group": 64}, gptq)
+        quantized("quantize.bnb", {"bits": 4}, nf4)
         for name in o.formats:
+            source = nf4 if name == "bnb" else gptq
             if importlib.util.find_spec(NEEDS[name]) is None:
                 facts[name] = f"not run: {NEEDS[name]} is not installed"
                 continue

@@ -34,7 +34,7 @@ import svlm
 from svlm.compress.base import evaluating
 from svlm.compress.disk import write_json
 from svlm.compress.storage import DEMO
-from svlm.passes.distill._train import answer_logits
+from svlm.passes.distill._observe import answer_logits
 
 SETTINGS = {"W4 g64": (4, 64), "W3 g64": (3, 64), "W2 g32": (2, 32)}
 Steps = list[tuple[str, dict[str, Any]]]

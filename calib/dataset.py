@@ -92,6 +92,22 @@ class CalibrationSet:
             dropped,
         )
 
+    def other(self, spec: str, seed: int) -> Callable[[], Iterator[Sample]]:
+        """Starts a stream of samples from another source, to train on: none shows a picture of the check split.
+
+        A source that makes fresh samples streams those without end. All others end; their order follows from the seed.
+
+        Raises:
+            DataError: nothing of that name, or what is there cannot be read. A broken picture when it is its turn.
+        """
+        source = sources.read(spec, fit=1, check=1, seed=seed)
+        if source.recovery is not None:
+            return source.recovery
+        rank = _Draw((), seed)._rank
+        pool = sorted(source.fit, key=lambda sample: rank(f"{sample.image_id} {_asked(sample)}"))
+        barred = {image.content for sample in self.check for image in sample.images}
+        return lambda: (s for s in pool if not any(image.content in barred for image in s.images))
+
 
 def fingerprint(fit: Iterable[Sample], check: Iterable[Sample]) -> str:
     """sha256 over ids, pictures, questions, answers, tags and conversations of both splits."""

@@ -12,9 +12,11 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from ..compress.anatomy import ModelView, Unit
+from ..compress.anatomy import LinearRef, ModelView, Unit
 from ..compress.base import evaluating
 from ..compress.errors import WorkFailed
+from .clock import Clock
+from .stats import Stat, fitting
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -265,3 +267,21 @@ def has_nan(tree: Any) -> bool:
     tensors = [t for t in tree_leaves(tree) if isinstance(t, torch.Tensor) and t.is_floating_point() and t.numel()]
     single = [t[(slice(0, 1),) * t.ndim] if not any(t.stride()) else t for t in tensors]  # hollow ones: one value
     return any(bool(t.isnan().any()) for t in single)
+
+
+def watching(
+    ref: LinearRef, stat: Stat, weights: torch.Tensor | None, waiting: dict[int, LinearRef], clock: Clock
+) -> Any:
+    """The linear's forward, its input added to `stat`; stops the unit's forward when the last of `waiting` is there."""
+    original = ref.module.forward
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        rows = x.detach().reshape(-1, x.shape[-1])
+        with clock.timing("statistics"):
+            stat.update(rows, fitting(weights, rows, ref))
+        waiting.pop(ref.stage, None)
+        if not waiting:
+            raise Arrived
+        return original(x)
+
+    return forward

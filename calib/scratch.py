@@ -70,6 +70,7 @@ class Scratch:
         """Make the unit what it was when it was saved; its notes, or None where it was not."""
         from safetensors import safe_open
 
+        from ..compress.runtime.codebook import Codebook
         from ..compress.runtime.grid import Grid
 
         if not self._path(unit).is_file():
@@ -86,7 +87,7 @@ class Scratch:
             self.view.grids.pop(ref.path, None)
         for path, values in head["grids"].items():
             parts = {k.rsplit(":", 1)[1]: t for k, t in saved.items() if k.startswith(f"grid:{path}:")}
-            self.view.grids[path] = Grid(**values, **parts)
+            self.view.grids[path] = (Codebook if "levels" in values else Grid)(**values, **parts)
         for ref in unit.linears:
             remove(ref.module)
             if ref.path in head["activations"]:

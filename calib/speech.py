@@ -7,7 +7,7 @@ their softmax runs over these tokens alone. The answers that are right or wrong 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -16,10 +16,12 @@ from typing import Any
 from torch import Tensor
 
 from ..compress.anatomy import ModelView
+from ..compress.base import Batches
 from ..compress.vocabulary import speaking
 from .dataset import CalibrationSet
 from .encode import Encoder
 from .judge import Judge
+from .sample import Sample
 
 PROBE_SAMPLES = 4
 
@@ -79,9 +81,12 @@ class Speech:
     def probe_batch(self) -> dict[str, Tensor]:
         return {k: v for k, v in self.some(PROBE_SAMPLES).items() if k != "labels"}
 
-    def recovery(self, batch_size: int) -> Iterator[Mapping[str, Any]]:
-        """Fresh samples in batches."""
-        assert self.data.recovery is not None
-        samples = iter(self.data.recovery())
-        while chunk := list(islice(samples, batch_size)):
-            yield self.encoder.encode(chunk)
+    def encoded(self, samples: Callable[[], Iterator[Sample]]) -> Batches:
+        """Batches of `samples()`, the original's own answers where there are none."""
+
+        def batches(batch_size: int, start: int) -> Iterator[Mapping[str, Any]]:
+            rest = islice(samples(), start * batch_size, None)  # what comes before is neither answered nor encoded
+            while chunk := list(islice(rest, batch_size)):
+                yield self.encoder.encode((self.first or self.judge).answered(chunk))
+
+        return batches

@@ -13,8 +13,10 @@ from typing import Any, Literal, Protocol
 import torch
 
 from ..compress.anatomy import LinearRef, ModelView, TokenMasks
+from ..compress.errors import WorkFailed
+from .drift import strongest
 
-TokenWeights = Literal["gradient", "balanced", "uniform", "text", "vision"]
+TokenWeights = Literal["gradient", "balanced", "uniform", "text", "vision", "drift"]
 Kept = tuple[torch.Tensor, torch.Tensor]  # places [batch, tokens], valid: what a token pass left (`Reduction.last`)
 
 
@@ -72,6 +74,37 @@ class MeanSquare:
         self.weight += total
         self.tokens += len(x)
         self.mean += (weights @ x.square() - total * self.mean) / self.weight
+
+
+class Spread:
+    """Weighted mean and variance of ``x`` by channel (the fluctuation of FLAP, arXiv 2312.11983).
+
+    Batches are joined by their means and sums of squared deviations (Chan et al. 1979), so nothing cancels.
+
+    Attributes:
+        mean, variance: [channels], float64; the variance is the population's.
+    """
+
+    def __init__(self) -> None:
+        self.mean = self.variance = torch.zeros(0, dtype=torch.float64)
+        self.tokens = 0
+        self.weight = 0.0
+
+    def update(self, x: torch.Tensor, weights: torch.Tensor) -> None:
+        x, weights, total = _kept(x, weights, torch.float64)
+        if self.mean.numel() == 0:
+            self.mean = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
+            self.variance = torch.zeros_like(self.mean)
+        if total == 0:
+            return
+        before, self.weight = self.weight, self.weight + total
+        self.tokens += len(x)
+        mean = weights @ x / total
+        apart = mean - self.mean
+        share = total / self.weight
+        inside = weights @ (x - mean).square() / total
+        self.variance = (1 - share) * self.variance + share * (inside + apart.square() * (before / self.weight))
+        self.mean = self.mean + apart * share
 
 
 class ColumnNorm(MeanSquare):
@@ -219,7 +252,13 @@ def input_masks(
 
 
 def modality_weights(
-    masks: TokenMasks, mode: TokenWeights = "balanced", *, ratio: float | None = None, share: float | None = None
+    masks: TokenMasks,
+    mode: TokenWeights = "balanced",
+    *,
+    ratio: float | None = None,
+    share: float | None = None,
+    drift: torch.Tensor | None = None,
+    top: float = 0.0,
 ) -> torch.Tensor:
     """Weights of a batch's tokens, float32 [batch, tokens]; padding is 0.
 
@@ -227,15 +266,19 @@ def modality_weights(
     ``balanced``: the visual and the text tokens of the batch carry half of the total weight each, and the mean weight
     of a real token is 1 (a batch with only one of the two is uniform). ``gradient``: a visual token weighs `ratio`
     times as much as one of text (MBQ's gradient ratio, `balance.Balance`; without one, ``balanced``), scaled so that
-    the mean weight is 1 in data of which `share` are visual tokens (default: in this batch).
+    the mean weight is 1 in data of which `share` are visual tokens (default: in this batch). ``drift``: 1 for text and
+    for the share `top` of each sample's visual tokens with the highest `drift` [batch, tokens], 0 for the others
+    (ATV-Pruning; without a drift, ``balanced``).
     """
     vision, text = masks.vision.float(), masks.text.float()
     if mode == "uniform":
         return vision + text
     if mode in ("text", "vision"):
         return text if mode == "text" else vision
-    if mode not in ("balanced", "gradient"):
-        raise ValueError(f"token weights are gradient, balanced, uniform, text or vision, not '{mode}'")
+    if mode not in ("balanced", "gradient", "drift"):
+        raise ValueError(f"token weights are gradient, balanced, uniform, text, vision or drift, not '{mode}'")
+    if mode == "drift" and drift is not None:
+        return text + strongest(drift, masks.vision, top).float()
     n_vision, n_text = float(vision.sum()), float(text.sum())
     if mode == "gradient" and ratio is not None:
         if share is None:
@@ -246,3 +289,17 @@ def modality_weights(
         return vision + text
     half = (n_vision + n_text) / 2
     return vision * (half / n_vision) + text * (half / n_text)
+
+
+def fitting(weights: torch.Tensor | None, rows: torch.Tensor, ref: LinearRef) -> torch.Tensor:
+    """Weights for the rows of a linear's input, [tokens]; None is all 1."""
+    if weights is None:
+        return torch.ones(len(rows), device=rows.device)
+    if weights.numel() != len(rows):
+        raise WorkFailed(
+            "the tokens of the batch and of the block's input do not match",
+            where=ref.path,
+            found=f"{weights.numel()} in the batch, {len(rows)} in the block",
+            change="correct 'tokens' (image, prompt, sequence) of this place in the anatomy row",
+        )
+    return weights.reshape(-1).to(rows.device)

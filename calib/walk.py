@@ -36,7 +36,8 @@ from ..compress.runtime.reduce import installed
 from ..compress.selectors import Where
 from .balance import Balance
 from .clock import Clock
-from .replay import Arrived, Call, Probe, catching, hollow, patched, recording, replaying, samples, swapped
+from .drift import drift
+from .replay import Arrived, Call, Probe, catching, hollow, patched, recording, replaying, samples, swapped, watching
 from .scratch import Scratch
 from .stats import Kept, Stat, TokenWeights, input_masks, modality_weights
 
@@ -59,6 +60,7 @@ class WalkUnit:
         self.stages = tuple(stage for stage in stages if stage)
         self.notes: dict[str, Json] = {}
         self._walk, self._calls = walk, calls
+        self._drifts: list[torch.Tensor | None] | None = None  # by batch
 
     def observe(
         self,
@@ -72,7 +74,8 @@ class WalkUnit:
             stat_factory: makes an empty statistic, for instance the class `Hessian`.
             linears: linears of this unit.
             token_weights: see `stats.modality_weights`. All tokens in the vision tower and the connector weigh 1.
-                ``gradient`` measures the model at the first time it is asked for: ask before changing weights.
+                ``gradient`` measures the model and ``drift`` the unit at the first time it is asked for: ask before
+                changing weights.
 
         Returns:
             The statistic of each linear; linears that share an input share one.
@@ -85,11 +88,11 @@ class WalkUnit:
             leads.setdefault(ref.stage, ref)
         stats = {stage: stat_factory() for stage in leads}
         for index, calls in enumerate(self._calls):
-            weights = {stage: self._walk._weights(index, ref, token_weights) for stage, ref in leads.items()}
+            weights = {stage: self._weights(index, ref, token_weights) for stage, ref in leads.items()}
             for args, kwargs in calls:
                 waiting = dict(leads)
                 watchers = {
-                    ref.module: _watching(ref, stats[stage], weights[stage], waiting, self._walk._clock)
+                    ref.module: watching(ref, stats[stage], weights[stage], waiting, self._walk._clock)
                     for stage, ref in leads.items()
                 }
                 with patched(watchers):
@@ -115,6 +118,12 @@ class WalkUnit:
         for args, kwargs in self.inputs():
             yield self._walk._run(self.unit, args, kwargs)
 
+    def kept(self) -> Iterator[Kept | None]:
+        """For each of `inputs` what a token pass left of the unit's sequence (see stats.py); None: all of it."""
+        inside = self.unit.path.startswith(self._walk.view.decoder_path + ".")
+        for index, calls in enumerate(self._calls):
+            yield from [self._walk._kept[index] if inside else None] * len(calls)
+
     def run(self, call: Call, weights: Mapping[LinearRef, torch.Tensor]) -> Any:
         """What the unit returns for `call` with other weights in its linears, with gradients where they are enabled."""
         with swapped({ref.module: weight for ref, weight in weights.items()}):
@@ -128,26 +137,14 @@ class WalkUnit:
         last = [ref for ref in self.unit.linears if ref.role not in ("cross.k", "cross.v")][-1]
         for index, calls in enumerate(self._calls):
             batch = self._walk.batches[index]
-            weights = self._walk._weights(index, last, token_weights)
+            weights = self._weights(index, last, token_weights)
             yield from [(samples(batch), weights)] * len(calls)
 
-
-def _watching(
-    ref: LinearRef, stat: Stat, weights: torch.Tensor | None, waiting: dict[int, LinearRef], clock: Clock
-) -> Any:
-    """The linear's forward, its input added to `stat`; stops the unit's forward when the last of `waiting` is there."""
-    original = ref.module.forward
-
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        rows = x.detach().reshape(-1, x.shape[-1])
-        with clock.timing("statistics"):
-            stat.update(rows, _fitting(weights, rows, ref))
-        waiting.pop(ref.stage, None)
-        if not waiting:
-            raise Arrived
-        return original(x)
-
-    return forward
+    def _weights(self, index: int, ref: LinearRef, mode: TokenWeights) -> torch.Tensor | None:
+        if mode == "drift" and self._drifts is None and self.unit.tokens != "image":
+            found = [[drift(call, self._walk._run(self.unit, *call)) for call in calls] for calls in self._calls]
+            self._drifts = [one[0] if len(one) == 1 else None for one in found]
+        return self._walk._weights(index, ref, mode, self._drifts[index] if self._drifts else None)
 
 
 class Walk:
@@ -160,9 +157,11 @@ class Walk:
         name: of the walk, a folder in `scratch`, unique within a pass.
         balance: the gradient ratios of token_weights ``gradient``, shared by the walks of a pass.
         seconds: to which the time is added, by kind of work (`clock.Clock`).
+        drifting: share of the visual tokens that count with token_weights ``drift``.
 
     Attributes:
         notes: unit name -> what the pass noted there, restored units included.
+        without_drift: linears (paths) of visual and text tokens that have no ``drift`` and took ``balanced``.
         balance: as given, or one that measures this model on `batches` when it is first asked.
 
     The body may change the tensors of its own unit (shapes too), `view.grids` of its linears and how these round their
@@ -180,12 +179,15 @@ class Walk:
         progress: Progress | None = None,
         balance: Balance | None = None,
         seconds: dict[str, float] | None = None,
+        drifting: float = 0.0,
     ) -> None:
         self.view, self.batches = view, batches
         self._clock = Clock(seconds)
         self._units = view.units
         self.name, self.progress = name, progress or Silent()
         self.notes: dict[str, dict[str, Json]] = {}
+        self.drifting = drifting
+        self.without_drift: set[str] = set()
         self._selected: dict[Unit, list[LinearRef]] = {}
         for ref in view.linears(where):
             self._selected.setdefault(ref.unit, []).append(ref)
@@ -249,7 +251,7 @@ class Walk:
             known = self.balance.known()
             return known.numbers() if known else None
         if mode != "balanced":
-            return {"uniform": 1.0, "text": 0.0}[mode]
+            return {"uniform": 1.0, "text": 0.0, "drift": self.drifting}[mode]
         tokens = "prompt" if self.view.family.seq2seq and all("input_ids" in b for b in self.batches) else "sequence"
         masks = [self.view.token_masks(batch, tokens) for batch in self.batches]
         vision, text = (sum(int(getattr(m, kind).sum()) for m in masks) for kind in ("vision", "text"))
@@ -266,8 +268,10 @@ class Walk:
             raise WorkFailed("a block changes its input in place; it cannot be walked", where=unit.name)
         return out
 
-    def _weights(self, index: int, ref: LinearRef, mode: TokenWeights) -> torch.Tensor | None:
-        """Token weights [batch, tokens] of a linear's input; None: all 1."""
+    def _weights(
+        self, index: int, ref: LinearRef, mode: TokenWeights, drifts: torch.Tensor | None = None
+    ) -> torch.Tensor | None:
+        """Token weights [batch, tokens] of a linear's input; None: all 1. `drifts`: of the unit's own tokens."""
         if mode == "gradient" and self._weighs:  # before the first change of a weight, whichever unit comes first
             with self._clock.timing("balance"):
                 same = self.balance.batches is self.batches  # finished outputs are known by the batch's number
@@ -275,6 +279,13 @@ class Walk:
         masks = input_masks(self.view, self.batches[index], ref, self._kept[index])
         if masks is None:
             return None
+        if mode == "drift":
+            if drifts is not None and (ref.role in ("cross.k", "cross.v") or drifts.numel() != masks.text.numel()):
+                drifts = None  # of other tokens
+            if drifts is None and masks.vision.any() and masks.text.any():
+                self.without_drift.add(ref.path)
+            places = None if drifts is None else drifts.reshape(masks.text.shape).to(masks.text.device)
+            return modality_weights(masks, mode, drift=places, top=self.drifting)
         if mode != "gradient":
             return modality_weights(masks, mode)
         return modality_weights(masks, mode, ratio=self.balance.ratio(ref), share=self._share(ref))
@@ -383,17 +394,3 @@ class Walk:
         if len(known) < len(found):
             return {}
         return {self._module(path): replaying(path, outputs, self._probe.mutates) for path, outputs in known.items()}
-
-
-def _fitting(weights: torch.Tensor | None, rows: torch.Tensor, ref: LinearRef) -> torch.Tensor:
-    """Weights for the rows of a linear's input, [tokens]."""
-    if weights is None:
-        return torch.ones(len(rows), device=rows.device)
-    if weights.numel() != len(rows):
-        raise WorkFailed(
-            "the tokens of the batch and of the block's input do not match",
-            where=ref.path,
-            found=f"{weights.numel()} in the batch, {len(rows)} in the block",
-            change="correct 'tokens' (image, prompt, sequence) of this place in the anatomy row",
-        )
-    return weights.reshape(-1).to(rows.device)

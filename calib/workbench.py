@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 
 from ..compress.anatomy import ModelView
-from ..compress.base import Context, Json, Progress, Silent, evaluating
+from ..compress.base import Batches, Context, Json, Progress, Silent, evaluating
 from .balance import Balance
 from .cost import cost
 from .dataset import CalibrationSet
@@ -94,15 +95,24 @@ class Workbench:
     ) -> Context:
         """What a pass may use besides the model."""
         speech = self.speaking(view)
-        recovery = speech.recovery if self.data.recovery is not None else None
-        return _context(view, speech, speech.fit, seed, scratch, progress or self.progress, recovery)
+        recovery = speech.encoded(self.data.recovery) if self.data.recovery is not None else None
+        made = _context(view, speech, speech.fit, seed, scratch, progress or self.progress)
+        return replace(made, recovery=recovery, source=lambda spec: speech.encoded(self.data.other(spec, seed)))
 
     def rehearsal(self, view: ModelView, teacher: ModelView) -> Context:
         """The same on two samples, for a shrunken copy of the model."""
         speech = self.speaking(view, teacher)
         pair = speech.some(2)
-        recovery = (lambda batch_size: iter([pair] * 2)) if self.data.recovery is not None else None
-        return _context(view, speech, [pair], 0, None, Silent(), recovery)
+
+        def pairs(batch_size: int, start: int) -> Iterator[Mapping[str, Any]]:
+            return iter([pair] * 2)
+
+        def source(spec: str) -> Batches:
+            self.data.other(spec, 0)  # it is there and can be read
+            return pairs
+
+        made = _context(view, speech, [pair], 0, None, Silent())
+        return replace(made, recovery=pairs if self.data.recovery is not None else None, source=source)
 
     def measure(
         self, view: ModelView, progress: Progress | None = None
@@ -130,7 +140,6 @@ def _context(
     seed: int,
     scratch: Path | None,
     progress: Progress,
-    recovery: Callable[[int], Iterator[Mapping[str, Any]]] | None,
 ) -> Context:
     balance = Balance(view, fit, scratch)
     seconds: dict[str, float] = {}
@@ -143,4 +152,4 @@ def _context(
         with evaluating(speech.teacher.model):
             yield speech.teacher
 
-    return Context(fit, walk, teacher, seed, progress, scratch, recovery, seconds)
+    return Context(fit, walk, teacher, seed, progress, scratch, seconds=seconds)

@@ -27,6 +27,7 @@ from .units import AttentionGeometry, LinearRef, MlpGeometry, Stack, Unit, find_
 from .unknown import unknown_family
 
 if TYPE_CHECKING:
+    from .runtime.codebook import Codebook
     from .runtime.grid import Grid
 
 __all__ = [
@@ -90,7 +91,7 @@ class ModelView:
     Attributes:
         processor: the Hugging Face processor, or None (a folder with weights alone).
         ledger: the passes applied so far. grids: path of a linear, or of the token
-            embedding -> the grid that its weight lies on; a tied head has no entry of its own.
+            embedding -> the grid or codebook that its weight lies on; a tied head has no entry of its own.
         vocabulary: where tokens were taken out, the ids that those which stayed have in the original, ascending; None:
             all are there.
         activations: path of a linear -> how it rounds its input. It is a fact of the module (`runtime/activations.py`).
@@ -103,7 +104,7 @@ class ModelView:
         self.family = family
         self.source = source
         self.ledger = Ledger()
-        self.grids: dict[str, Grid] = {}
+        self.grids: dict[str, Grid | Codebook] = {}
         self.vocabulary: tuple[int, ...] | None = None
         self.storage_dtype: torch.dtype = next(model.parameters()).dtype
         self.refresh()
@@ -180,6 +181,16 @@ class ModelView:
     def weight(self, path: str) -> nn.Parameter:
         """The weight of the linear or the embedding at a dotted path."""
         return self.model.get_submodule(path).weight
+
+    def promised_zeros(self, *paths: str) -> torch.Tensor | None:
+        """Which weights of these linears, one below the other, are zero as an earlier pass promised: bool [outs, in].
+
+        None where no such promise was given. Ask before the weights change.
+        """
+        promised = self.ledger.promised_zeros
+        if not any(path in promised for path in paths):
+            return None
+        return torch.cat([(self.weight(path).detach() == 0) & (path in promised) for path in paths])
 
     def smoothing_pairs(self, unit: Unit) -> tuple[tuple[str, tuple[str, ...]], ...]:
         """Between what a per-channel scale can be moved without changing the unit's function.

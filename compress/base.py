@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .anatomy import ModelView
 
 Json = Any  # str, int, float, bool, None, and lists and dicts of these
+Batches = Callable[[int, int], Iterator[Mapping[str, Any]]]  # (batch size, number of the first) -> model-ready batches
 
 
 @dataclass
@@ -72,7 +73,9 @@ class Context:
         seed: every random choice of the pass derives from it.
         progress: see `Progress`.
         scratch: a folder of this pass, kept across a kill; None where nothing is to be resumed.
-        recovery: `recovery(batch_size)` yields fresh training batches without end, where the data has such a source.
+        recovery: `recovery(batch_size, start)` yields fresh training batches from number `start` on, always the same
+            ones, without end, where the data has such a source.
+        source: `source(spec)` gives such batches from other data (a file, a folder; calib/sources.py), which may end.
         seconds: where the time of the walks goes (calib/clock.py); it ends up in the notes.
     """
 
@@ -82,7 +85,8 @@ class Context:
     seed: int = 0
     progress: Progress = field(default_factory=Silent)
     scratch: Path | None = None
-    recovery: Callable[[int], Iterator[Mapping[str, Any]]] | None = None
+    recovery: Batches | None = None
+    source: Callable[[str], Batches] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
 

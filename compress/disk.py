@@ -62,19 +62,29 @@ def make_folder(path: Path) -> None:
 
 def write_whole(path: Path, data: str | bytes) -> None:
     """Write a file so that it is there whole or not at all."""
-    raw = data.encode() if isinstance(data, str) else data
+    with whole_file(path) as temporary:
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Write a temporary sibling; fsync and rename it to `path` when the body ends well, remove it otherwise.
+
+    Raises:
+        WorkFailed: the disk is full; what was at `path` before is still there.
+    """
     with disk_errors(path):
         make_folder(path.parent)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
         try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(raw)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(name, 0o644)
-            os.replace(name, path)
+            yield temporary
+            sync(temporary)
+            temporary.chmod(0o644)
+            os.replace(temporary, path)
         except BaseException:
-            Path(name).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
         sync(path.parent)
 

@@ -62,6 +62,8 @@ class Family:
         per_image: formula for the visual tokens of one image, a key of `anatomy.PER_IMAGE`; "" where that depends on
             the image.
         blocks: layouts by block class, before those of compress/blocks.py.
+        widths: part -> dotted config keys that say how wide its residual stream is: its own first, then those of
+            whatever writes into it or reads from it. Of the others those count that have the same value as the first.
         own: the row is a user's (saved with the model).
     """
 
@@ -76,6 +78,7 @@ class Family:
     seq2seq: bool = False
     per_image: str = ""
     blocks: Mapping[str, Layout] = field(default_factory=dict)
+    widths: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     own: bool = False
 
     def serves(self, config: Any) -> bool:
@@ -124,6 +127,8 @@ class Family:
                 values[key] = tuple(_place(row, where) for row in value)
             elif key == "blocks":
                 values[key] = {name: Layout.from_json(row, f"{where}, {name}") for name, row in value.items()}
+            elif key == "widths":
+                values[key] = {part: tuple(keys) for part, keys in value.items()}
             else:
                 values[key] = tuple(value) if isinstance(value, list) else value
         if base is not None:
@@ -139,6 +144,7 @@ class Family:
         data["places"] = [dataclasses.asdict(place) for place in self.places]
         data["blocks"] = {name: layout.to_json() for name, layout in self.blocks.items()}
         data["ignored"] = dict(self.ignored)
+        data["widths"] = {part: list(keys) for part, keys in self.widths.items()}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in data.items()}
 
 
@@ -163,14 +169,18 @@ _HEAD = Place("head", "lm_head", tokens="sequence")
 _POOLING = {"*.head.*": "the pooling head of SigLIP: the language model never sees its output"}
 
 
-def _llava(name: str, model_type: str, per_image: str = "") -> Family:
+def _widths(*more: str, vision: tuple[str, ...] = ("vision_config.hidden_size",)) -> dict[str, tuple[str, ...]]:
+    return {"vision": vision, "language": ("text_config.hidden_size", *more)}
+
+
+def _llava(name: str, model_type: str, per_image: str = "", more: tuple[str, ...] = ()) -> Family:
     places = (_VISION, _PROJECTOR, _LANGUAGE, _HEAD)
-    return Family(name, (model_type,), places, ignored=_POOLING, per_image=per_image)
+    return Family(name, (model_type,), places, ignored=_POOLING, per_image=per_image, widths=_widths(*more))
 
 
-def _qwen(name: str, model_type: str, *more: Place) -> Family:
+def _qwen(name: str, model_type: str, widths: dict[str, tuple[str, ...]], *more: Place) -> Family:
     places = (_VISION, Place("connector", "@image.merger"), *more, _LANGUAGE, _HEAD)
-    return Family(name, (model_type,), places, image_tokens=("image_token_id", "video_token_id"))
+    return Family(name, (model_type,), places, image_tokens=("image_token_id", "video_token_id"), widths=widths)
 
 
 _QFORMER = (
@@ -189,11 +199,17 @@ FAMILIES: tuple[Family, ...] = (
         ("smolvlm", "idefics3"),
         (_VISION, Place("connector", "model.connector"), _LANGUAGE, _HEAD),
         per_image="pixel_shuffle",
+        widths=_widths(),
     ),
-    _qwen("qwen2-vl", "qwen2_vl"),
-    _qwen("qwen2.5-vl", "qwen2_5_vl"),
-    _qwen("qwen3-vl", "qwen3_vl", Place("connector", "@image.deepstack_merger_list.*", stack=True)),
-    _llava("paligemma", "paligemma", "patches"),
+    _qwen("qwen2-vl", "qwen2_vl", _widths("vision_config.hidden_size", vision=("vision_config.embed_dim",))),
+    _qwen("qwen2.5-vl", "qwen2_5_vl", _widths("vision_config.out_hidden_size")),
+    _qwen(
+        "qwen3-vl",
+        "qwen3_vl",
+        _widths("vision_config.out_hidden_size"),
+        Place("connector", "@image.deepstack_merger_list.*", stack=True),
+    ),
+    _llava("paligemma", "paligemma", "patches", ("projection_dim", "hidden_size", "vision_config.projection_dim")),
     _llava("gemma3", "gemma3", "mm_tokens_per_image"),
     _llava("internvl", "internvl", "downsampled_patches"),
     Family(
@@ -211,6 +227,7 @@ FAMILIES: tuple[Family, ...] = (
         decoder="language_model",
         seq2seq=True,
         per_image="num_query_tokens",
+        widths=_widths(vision=("vision_config.hidden_size", "qformer_config.encoder_hidden_size")),
     ),
     Family(
         "blip-2",
@@ -226,6 +243,10 @@ FAMILIES: tuple[Family, ...] = (
         tower="vision_model",
         decoder="language_model.model.decoder",
         per_image="num_query_tokens",
+        widths=_widths(
+            "text_config.word_embed_proj_dim",
+            vision=("vision_config.hidden_size", "qformer_config.encoder_hidden_size"),
+        ),
     ),
     Family(
         "florence-2",
@@ -240,6 +261,7 @@ FAMILIES: tuple[Family, ...] = (
         tower="model.vision_tower",
         decoder="model.language_model",
         seq2seq=True,
+        widths={"language": ("text_config.hidden_size", "vision_config.projection_dim")},
     ),
     Family(
         "vision-encoder-decoder",
@@ -257,6 +279,10 @@ FAMILIES: tuple[Family, ...] = (
         ignored={"encoder.pooler.*": "the tower's pooler: the decoder attends to the states before it"},
         image_tokens=(),
         seq2seq=True,
+        widths={
+            "vision": ("encoder.hidden_size", "decoder.cross_attention_hidden_size"),
+            "language": ("decoder.hidden_size",),
+        },
     ),
 )
 

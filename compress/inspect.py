@@ -10,6 +10,7 @@ from torch import nn
 
 from .anatomy import ModelView, Unit
 from .base import Json
+from .runtime.codebook import Codebook
 
 
 def inspect_table(view: ModelView, batch: Mapping[str, Any] | None = None) -> dict[str, Json]:
@@ -60,7 +61,7 @@ def part_sizes(view: ModelView) -> dict[str, tuple[int, int]]:
     """Parameters and bytes on disk of each part, in forward order; the input embedding is a part of its own.
 
     A shared parameter counts once (a tied head has none of its own). Weights on a grid count as packed integers, scales
-    and zero points. "other" is what lies in no part.
+    and zero points, those on a codebook as codes, absmax and tables. "other" is what lies in no part.
     """
     found = {part: [unit.module for unit in units] for part, units in view.parts.items()}
     order: dict[str, list[nn.Module]] = {  # what may lie inside another part's tower is counted before that one
@@ -88,6 +89,8 @@ def _stored(view: ModelView, name: str, count: int) -> int:
     width = view.storage_dtype.itemsize
     if grid is None or not name.endswith(".weight"):
         return count * width
+    if isinstance(grid, Codebook):
+        return -(-count // 2) + grid.bytes
     zeros = 0 if grid.zero is None else grid.zero.numel() * grid.bits // 8
     return count * grid.bits // 8 + grid.scale.numel() * width + zeros
 

@@ -36,6 +36,11 @@ class Ledger:
     def __len__(self) -> int:
         return len(self._records)
 
+    @property
+    def uneven(self) -> bool:
+        """Whether a pass left linears in shapes that the config does not say, so that only svlm loads the model."""
+        return any(entry.record.get("uneven") for entry in self._records)
+
     def add(self, step: Pass, record: Mapping[str, Json]) -> None:
         """Append what `step` did."""
         self._records.append(Record(step.name, step.settings(), dict(record)))
@@ -67,6 +72,11 @@ class Ledger:
             return value
 
         self._records = [Record(r.name, r.settings, anew(r.record)) for r in self._records]
+
+    @property
+    def promised_zeros(self) -> dict[str, float]:
+        """Path of a linear -> the share of zeros that a pass promised of it, as records say under this name."""
+        return {path: share for entry in self for path, share in entry.record.get("promised_zeros", {}).items()}
 
     def to_json(self) -> list[Json]:
         return [asdict(r) for r in self._records]

@@ -78,7 +78,7 @@ debug = click.option(
 )
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 recipe_option = click.option(
-    "-r", "--recipe", required=True, metavar="RECIPE", help="A YAML file, or: default, int4, tokens-half, tiny."
+    "-r", "--recipe", required=True, metavar="RECIPE", help="A YAML file, or: default, small, int4, tokens-half, tiny."
 )
 set_option = click.option(
     "-p", "--set", "assignments", multiple=True, callback=_assignments, metavar="PASS:KEY=VALUE",

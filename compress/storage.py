@@ -19,10 +19,13 @@ from .anatomy import ModelView, view_of
 from .base import Json, Pass
 from .disk import read_json, whole_folder
 from .errors import ModelError
+from .export import bnb
 from .export.compressed_tensors import PLAIN_FILE, packed_state, plain_grids, quantization_config, unpack_state
 from .families import Family
 from .ledger import SCHEMA, Ledger, Record
 from .mapped import map_weights, on_meta, read_mapped, release, worth_mapping
+from .runtime.codebook import codebooks, integer_grids
+from .uneven import adopt
 
 DEMO = Path(__file__).resolve().parent.parent / "calib" / "demo" / "model"
 LEDGER_FILE = "svlm.json"
@@ -176,12 +179,21 @@ def _load_saved(
         del config.quantization_config
     storage = getattr(torch, saved["storage_dtype"])
     names = {row["saved"]: module for module, row in saved["grids"].items()}
-    state, grids = unpack_state(tensors, {row["saved"]: row for row in saved["grids"].values()})
+    coded, plain = ({r["saved"]: r for r in saved["grids"].values() if ("levels" in r) is c} for c in (True, False))
+    state, grids = unpack_state(tensors, plain)
+    state, books = bnb.unpack_codebooks(state, coded)
+    ledger = Ledger.from_json(saved["ledger"])
     blank = AutoModelForImageTextToText.from_config(config)
     model, info = type(blank).from_pretrained(
-        None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
+        None,
+        config=config,
+        state_dict=state,
+        dtype=dtype,
+        output_loading_info=True,
+        ignore_mismatched_sizes=ledger.uneven,
     )
-    lost = sorted(info["missing_keys"]) + sorted(str(k) for k in info["mismatched_keys"])
+    wrong = adopt(model, state, info) if ledger.uneven else sorted(str(k) for k in info["mismatched_keys"])
+    lost = sorted(info["missing_keys"]) + wrong
     if lost:
         raise ModelError(
             "the saved model lacks weights", where=str(path), found=f"{len(lost)} missing, first: {lost[0]}"
@@ -189,8 +201,9 @@ def _load_saved(
     own = [Family.from_json(saved["family"])] if saved.get("family") else []
     view = view_of(model.eval(), _processor(str(path), trust_remote_code), source=saved["source"], rows=[*rows, *own])
     view.storage_dtype = storage
-    view.ledger = Ledger.from_json(saved["ledger"])
-    view.grids = {names[saved_name]: grid for saved_name, grid in grids.items()}
+    view.ledger = ledger
+    view.grids |= {names[saved_name]: grid for saved_name, grid in grids.items()}
+    view.grids |= {names[saved_name]: book for saved_name, book in books.items()}
     rebuild(view, view.ledger, find)
     if worth_mapping(sum(p.numel() for p in model.parameters())) if lazy is None else lazy:
         map_weights(view.model)
@@ -235,7 +248,8 @@ def round_to_storage(view: ModelView) -> None:
 def save(view: ModelView, folder: str | Path) -> int:
     """Save `view` as a Hugging Face folder plus ledger, whole or not at all. Returns the bytes of its weight files.
 
-    Linears that lie on a grid are stored packed (compressed-tensors), all other floating tensors in `storage_dtype`.
+    What lies on a grid is stored packed (compressed-tensors; on a codebook: bitsandbytes), all other floating tensors
+    in `storage_dtype`.
     """
     from safetensors.torch import save_file
     from transformers.core_model_loading import revert_weight_conversion
@@ -244,17 +258,20 @@ def save(view: ModelView, folder: str | Path) -> int:
     with whole_folder(Path(folder)) as temporary:
         state = cast_state(view)
         saved_names = {path: _saved_name(revert_weight_conversion, view.model, path) for path in view.grids}
-        packing = quantization_config(view, saved_names) if view.grids else None
-        write_checkpoint(view, temporary, packed_state(view, state) if view.grids else state, packing)
-        grids = {
+        integer, books = integer_grids(view.grids), codebooks(view.grids)
+        packing = quantization_config(view, saved_names) if integer else bnb.config_of(view, books) if books else None
+        write_checkpoint(view, temporary, bnb.packed_codebooks(view, packed_state(view, state)), packing)
+        grids: dict[str, dict[str, Json]] = {
             path: {"saved": saved_names[path], "bits": g.bits, "group": g.group, "symmetric": g.symmetric}
-            for path, g in view.grids.items()
+            for path, g in integer.items()
         }
+        grids |= {path: {"saved": saved_names[path], "bits": b.bits, "levels": b.levels} for path, b in books.items()}
         for path in view.activations.keys() & grids.keys():
             grids[path]["int"] = True
         if plain := plain_grids(view, saved_names):
             save_file(plain, temporary / PLAIN_FILE)
-            for row in grids.values():
+            for path in integer:
+                row = grids[path]
                 row["plain"] = f"{row['saved']}.weight_scale" in plain
         ledger = {
             "schema": SCHEMA,

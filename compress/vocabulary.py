@@ -26,6 +26,7 @@ from .anatomy import ModelView
 from .base import Json
 from .blueprint import blueprint, config_tree, shapes_of
 from .errors import Unmet, UsageError
+from .runtime.grid import Grid
 from .runtime.reduce import installed
 
 SIZE = "vocab_size"
@@ -134,12 +135,13 @@ class Cut:
     counts: dict[tuple[str, str], int]
 
 
-def find_cut(model: Any, kept: Sequence[int]) -> Cut:
+def find_cut(view: ModelView, kept: Sequence[int]) -> Cut:
     """What goes when only the rows `kept` of the token embedding stay, `named_ids` among them; touches nothing.
 
     Raises:
-        Unmet: no stock config says the shapes that would be left.
+        Unmet: no stock config says the shapes that would be left, or a weight is quantized in blocks that span rows.
     """
+    model = view.model
     rows = table_rows(model)
     numbering = Numbering(tuple(kept), rows)
     edited = copy.deepcopy(model.config)
@@ -169,7 +171,9 @@ def find_cut(model: Any, kept: Sequence[int]) -> Cut:
             other = vars(theirs[name]).get(key)
             if type(value) is int and type(other) is int and other != value:
                 counts[name, key] = other
-    return Cut(numbering, axes, counts)
+    cut = Cut(numbering, axes, counts)
+    _grids(view, cut)
+    return cut
 
 
 def _axes(before: nn.Module, after: nn.Module, rows: int, left: int) -> dict[str, int]:
@@ -197,10 +201,9 @@ def narrow(view: ModelView, cut: Cut) -> None:
     places = list(_id_places(model, numbering.rows))
     sized = [part for part in _configs(model, numbering.rows) if SIZE in vars(part)]
     old = {id(t): cut.axes[name] for name, t in model.state_dict(keep_vars=True).items() if name in cut.axes}
-    for path, grid in view.grids.items():
-        if cut.axes.get(f"{path}.weight") == 0:
-            zero = None if grid.zero is None else grid.zero[kept]
-            view.grids[path] = replace(grid, scale=grid.scale[kept], zero=zero)
+    for path, grid in _grids(view, cut):
+        zero = None if grid.zero is None else grid.zero[kept]
+        view.grids[path] = replace(grid, scale=grid.scale[kept], zero=zero)
     fresh: dict[int, torch.Tensor] = {}
     for module in model.modules():
         for slots in (module._parameters, module._buffers):
@@ -220,6 +223,26 @@ def narrow(view: ModelView, cut: Cut) -> None:
         reduction.image_token_id = numbering(reduction.image_token_id)
     view.vocabulary = composed(view.vocabulary, numbering.kept)
     view.refresh()
+
+
+def _grids(view: ModelView, cut: Cut) -> list[tuple[str, Grid]]:
+    """The grids that lose rows.
+
+    Raises:
+        Unmet: a weight's blocks span its rows.
+    """
+    found = []
+    for path, grid in view.grids.items():
+        if f"{path}.weight" in cut.axes:
+            if not isinstance(grid, Grid):
+                raise Unmet(
+                    "the rows of this weight share their scales",
+                    where=path,
+                    found=f"a {type(grid).__name__.lower()}",
+                    change="put prune.vocabulary before the quantizing pass, or leave the head out of that",
+                )
+            found.append((path, grid))
+    return found
 
 
 def _rows(tensor: Any, kept: torch.Tensor, axis: int) -> torch.Tensor:
@@ -252,7 +275,7 @@ def speaking(original: ModelView, vocabulary: tuple[int, ...] | None, processor:
     view = ModelView(copy.deepcopy(original.model, shared), processor, original.family, original.source)
     view.storage_dtype, view.vocabulary = original.storage_dtype, original.vocabulary
     view.ledger, view.grids = original.ledger, dict(original.grids)
-    narrow(view, find_cut(view.model, kept))
+    narrow(view, find_cut(view, kept))
     return view
 
 

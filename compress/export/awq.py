@@ -25,7 +25,7 @@ from ..anatomy import ModelView
 from ..base import Json
 from ..errors import WorkFailed
 from ..runtime.grid import Grid
-from .common import Choice, Rounded, choose, dense_notes, half_scales, integers, zeros_of
+from .common import Rounded, choose, dense_notes, half_scales, integers, zeros_of
 from .table import FORMATS, spell
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -41,8 +41,8 @@ def pack_outputs(q: torch.Tensor) -> torch.Tensor:
 
 def pack_model(
     view: ModelView, state: dict[str, torch.Tensor], name: str, *, dense: bool
-) -> tuple[dict[str, torch.Tensor], Json, Choice, list[str]]:
-    """`state` with the quantized linears packed, config.json's `quantization_config`, what was packed, and notes.
+) -> tuple[dict[str, torch.Tensor], Json, dict[str, str], list[str]]:
+    """`state` with the quantized linears packed, config.json's `quantization_config`, what is left dense, and notes.
 
     Raises:
         UsageError: something cannot be expressed (see `choose`).
@@ -50,7 +50,7 @@ def pack_model(
     kept = _always_kept(view.model)
 
     def obstacle(path: str, module: nn.Linear, grid: Grid) -> str:
-        if _skipped(path, kept):
+        if skipped(path, kept):
             return f"the loader keeps it dense (it always skips {', '.join(kept)})"
         return _obstacle(module, grid)
 
@@ -70,7 +70,7 @@ def pack_model(
         "modules_to_not_convert": unpacked_modules(view.model, set(choice.packed)),
         "meta": {"quantizer": [f"svlm:{__version__}"]},
     }
-    return packed, config, choice, [books.sentence(), *dense_notes(choice)]
+    return packed, config, choice.dense, [books.sentence(), *dense_notes(choice.dense)]
 
 
 def _obstacle(module: nn.Linear, grid: Grid) -> str:
@@ -97,13 +97,13 @@ def unpacked_modules(model: nn.Module, packed: set[str]) -> list[str]:
         covering = next(path for path in above if not any(p == path or p.startswith(f"{path}.") for p in packed))
         if covering not in left:
             left.append(covering)
-    wrong = [path for path in sorted(packed) if _skipped(path, left)]
+    wrong = [path for path in sorted(packed) if skipped(path, left)]
     if wrong:
         raise WorkFailed("the loader would take a packed linear for one that is not", where=wrong[0], found=str(left))
     return left
 
 
-def _skipped(path: str, keys: list[str]) -> bool:
+def skipped(path: str, keys: list[str]) -> bool:
     """transformers' rule: a key matches from the start up to a dot, or as the end."""
     return any(re.match(rf"(?:{key})(?:\.|$)", path) or path.endswith(key) for key in keys)
 

@@ -18,12 +18,14 @@ from torch import nn
 
 from ..anatomy import ModelView
 from ..errors import UsageError, WorkFailed
+from ..runtime.codebook import codebooks, integer_grids
 from ..runtime.grid import Grid, off_grid, quantize
 from .skeleton import initialised_by_weight
 
 HALF_MAX = torch.finfo(torch.float16).max
 Reason = Callable[[str, nn.Linear, Grid], str]  # why the format cannot hold this linear; "" where it can
 Kind = tuple[int, int, bool]
+INPUT_ROUNDED = "its input is rounded to 8 bits, which the format cannot say (its weight alone can be written)"
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Choice:
     """Which quantized linears are packed, and why the others are written dense (path -> reason)."""
 
     packed: Mapping[str, Grid]
-    dense: Mapping[str, str]
+    dense: dict[str, str]
     kind: Kind
 
 
@@ -67,20 +69,21 @@ def choose(view: ModelView, name: str, reason: Reason, *, dense: bool, stub: boo
         raise UsageError(
             f"{name} holds quantized linears, and this model has none",
             where=str(view.source),
-            change="run a recipe with a quantize pass first (svlm compress MODEL -r int4), or --format bnb",
+            change="run a recipe with a quantize pass first (svlm compress MODEL -r int4)",
         )
-    left: dict[str, str] = {}
-    linears = [path for path in view.grids if type(view.model.get_submodule(path)) is nn.Linear]
+    left = {path: f"it is on the codebook {book.levels}" for path, book in codebooks(view.grids).items()}
+    grids = integer_grids(view.grids)
+    linears = [path for path in grids if type(view.model.get_submodule(path)) is nn.Linear]
     by_weight = initialised_by_weight(view.model, linears, stub=stub)
     weights: Counter[Kind] = Counter()
-    for path, grid in view.grids.items():
+    for path, grid in grids.items():
         module = view.model.get_submodule(path)
         if type(module) is not nn.Linear:
             left[path] = f"it is a {type(module).__name__}, and the loader packs nn.Linear only"
         elif view.linear(path).unit.part == "head":
             left[path] = "it is the head, which the loader keeps dense"
         elif path in view.activations:
-            left[path] = "its input is rounded to 8 bits, which the format cannot say (its weight alone can be written)"
+            left[path] = INPUT_ROUNDED
         elif float(grid.scale.abs().max()) > HALF_MAX:
             left[path] = f"it has a scale of {float(grid.scale.abs().max()):.3g}, beyond fp16"
         elif module.bias is not None and float(module.bias.detach().abs().max()) > HALF_MAX:
@@ -92,34 +95,42 @@ def choose(view: ModelView, name: str, reason: Reason, *, dense: bool, stub: boo
         else:
             weights[kind_of(grid)] += module.weight.numel()
     if not weights:
-        path, why = next(iter(left.items()))
+        settle(view, name, left, dense=dense)
+    kind = weights.most_common(1)[0][0]
+    for path, grid in grids.items():
+        if path not in left and kind_of(grid) != kind:
+            left[path] = f"it has {spell_kind(kind_of(grid))}, and the format one kind in a model: {spell_kind(kind)}"
+    settle(view, name, left, dense=dense)
+    return Choice({p: g for p, g in grids.items() if p not in left}, left, kind)
+
+
+def settle(view: ModelView, name: str, left: Mapping[str, str], *, dense: bool) -> None:
+    """Raise UsageError where format `name` holds no quantized linear, or not those in `left` (path -> reason) and
+    `dense` was not asked for."""
+    path, why = next(iter(left.items()), ("", ""))
+    if len(left) == len(view.grids):
         raise UsageError(
             f"{name} cannot hold any quantized linear of this model",
             where=path,
             found=why,
-            change="--format compressed-tensors holds every grid; 'svlm export --help' says what each format can hold",
+            change="--format compressed-tensors holds every grid, bnb the codes of quantize.bnb; "
+            "'svlm export --help' says what each format can hold",
         )
-    kind = weights.most_common(1)[0][0]
-    for path, grid in view.grids.items():
-        if path not in left and kind_of(grid) != kind:
-            left[path] = f"it has {spell_kind(kind_of(grid))}, and the format one kind in a model: {spell_kind(kind)}"
     if left and not dense:
-        path, why = next(iter(left.items()))
         bytes_ = sum(view.model.get_submodule(p).weight.numel() * view.storage_dtype.itemsize for p in left)
         raise UsageError(
             f"{name} cannot hold {len(left)} of {len(view.grids)} quantized linears",
             where=path,
             found=why + _others(left),
             change=f"--dense writes them unpacked with the same values, {bytes_ / 1e6:.1f} MB; "
-            "--format compressed-tensors holds them all",
+            "--format compressed-tensors holds every grid, bnb the codes of quantize.bnb",
         )
-    return Choice({p: g for p, g in view.grids.items() if p not in left}, left, kind)
 
 
-def dense_notes(choice: Choice) -> list[str]:
+def dense_notes(left: Mapping[str, str]) -> list[str]:
     """A sentence for each reason for which linears were written dense."""
     reasons: dict[str, list[str]] = {}
-    for path, why in choice.dense.items():
+    for path, why in left.items():
         reasons.setdefault(why, []).append(path)
     return [f"{_counted(paths)} written dense, with the same values: {why}" for why, paths in reasons.items()]
 

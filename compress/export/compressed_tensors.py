@@ -51,7 +51,9 @@ from torch import nn
 from ..anatomy import ModelView
 from ..base import Json
 from ..errors import ModelError, WorkFailed
+from ..runtime.codebook import integer_grids
 from ..runtime.grid import Grid, dequantize, off_grid, pack, quantize, unpack
+from . import bnb
 
 METHOD = "compressed-tensors"
 PACKED, INT = "pack-quantized", "int-quantized"
@@ -62,21 +64,24 @@ def plain_paths(view: ModelView) -> set[str]:
     """The linears on a grid that are saved unpacked, so that stock transformers loads the rest: see above."""
     if view.activations:
         return set()
-    kinds = {(grid.bits, grid.group, grid.symmetric) for grid in view.grids.values()}
+    grids = integer_grids(view.grids)
+    kinds = {(grid.bits, grid.group, grid.symmetric) for grid in grids.values()}
     if len(kinds) < 2 or len({(bits, symmetric) for bits, _, symmetric in kinds}) > 1:
         return set()
-    if all(symmetric for _, _, symmetric in kinds) and not _initialised_through_weight(view, view.grids):
+    if all(symmetric for _, _, symmetric in kinds) and not _initialised_through_weight(view, grids):
         return set()
     weights = dict.fromkeys(sorted(kinds), 0)
-    for path, grid in view.grids.items():
+    for path, grid in grids.items():
         weights[grid.bits, grid.group, grid.symmetric] += view.weight(path).numel()
     most = max(weights, key=lambda kind: weights[kind])
-    return {path for path, grid in view.grids.items() if (grid.bits, grid.group, grid.symmetric) != most}
+    return {path for path, grid in grids.items() if (grid.bits, grid.group, grid.symmetric) != most}
 
 
 def stock_obstacle(view: ModelView) -> str:
     """Why stock transformers cannot load what is saved of `view`, where svlm.load can; "" where it can, too."""
-    packed = {path: grid for path, grid in view.grids.items() if path not in plain_paths(view)}
+    if why := bnb.stock_obstacle(view):
+        return why
+    packed = {path: grid for path, grid in integer_grids(view.grids).items() if path not in plain_paths(view)}
     if len({(grid.bits, grid.group, grid.symmetric) for grid in packed.values()}) < 2:
         return ""
     if not all(grid.symmetric for grid in packed.values()):
@@ -108,7 +113,7 @@ def plain_grids(view: ModelView, saved: Mapping[str, str]) -> dict[str, torch.Te
     """What `PLAIN_FILE` holds, by saved name."""
     tensors = {}
     for path in sorted(plain_paths(view)):
-        grid = view.grids[path]
+        grid = integer_grids(view.grids)[path]
         tensors[f"{saved[path]}.weight_scale"] = grid.scale.contiguous()
         if grid.zero is not None:
             tensors[f"{saved[path]}.weight_zero_point"] = grid.zero.to(torch.int8).contiguous()
@@ -119,7 +124,7 @@ def quantization_config(view: ModelView, saved: Mapping[str, str]) -> dict[str, 
     """config.json's `quantization_config`. `saved`: module path -> the name that the checkpoint gives it."""
     kinds: dict[tuple[int, int, bool, str], list[str]] = {}
     plain, activations = plain_paths(view), view.activations
-    for path, grid in view.grids.items():
+    for path, grid in integer_grids(view.grids).items():
         if path in plain:
             continue
         rounding: str = activations[path].kind if path in activations else ""
@@ -146,7 +151,7 @@ def quantization_config(view: ModelView, saved: Mapping[str, str]) -> dict[str, 
             }
     formats = {group["format"] for group in groups.values()}
     rest = {name for name, module in view.model.named_modules() if isinstance(module, nn.Linear)}
-    rest -= set(view.grids) - plain
+    rest -= set(integer_grids(view.grids)) - plain
     return {
         "quant_method": METHOD,
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
@@ -165,14 +170,14 @@ def _pattern(names: set[str]) -> str:
 
 
 def packed_state(view: ModelView, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """`state` with the weight of every gridded linear replaced by its integers, scales and (where packed) shape.
+    """`state` with the weight of every linear on a grid of integers replaced by these, scales and (where packed) shape.
 
     Raises:
         WorkFailed: a weight that should lie on its grid does not; packing it would change the model.
     """
     packed = dict(state)
     plain, activations = plain_paths(view), view.activations
-    for path, grid in view.grids.items():
+    for path, grid in integer_grids(view.grids).items():
         weight = packed[f"{path}.weight"].float()
         share = off_grid(weight, grid)
         if share > 0:

@@ -43,8 +43,8 @@ def pack_linear(q: torch.Tensor, zero: torch.Tensor, bits: int, *, v2: bool) -> 
 
 def pack_model(
     view: ModelView, state: dict[str, torch.Tensor], name: str, *, dense: bool
-) -> tuple[dict[str, torch.Tensor], Json, Choice, list[str]]:
-    """`state` with the quantized linears packed, config.json's `quantization_config`, what was packed, and notes.
+) -> tuple[dict[str, torch.Tensor], Json, dict[str, str], list[str]]:
+    """`state` with the quantized linears packed, config.json's `quantization_config`, what is left dense, and notes.
 
     Raises:
         UsageError: something cannot be expressed (see `choose`), or the loader does not take this kind of model.
@@ -67,7 +67,7 @@ def pack_model(
         packed[f"{path}.scales"] = half_scales(path, grid, q, books).t().contiguous()
         size = q.shape[1] // grid.scale.shape[1]
         packed[f"{path}.g_idx"] = torch.arange(q.shape[1], dtype=torch.int32) // size
-    return packed, _config(view, choice, name), choice, [books.sentence(), *dense_notes(choice)]
+    return packed, _config(view, choice, name), choice.dense, [books.sentence(), *dense_notes(choice.dense)]
 
 
 def _obstacle(path: str, module: nn.Linear, grid: Grid, v2: bool) -> str:

@@ -13,6 +13,7 @@ from ..anatomy import ModelView
 from ..base import Json
 from ..errors import OutputError, UsageError
 from ..families import Family
+from ..runtime.codebook import codebooks
 from ..runtime.kv_cache import installed as kv_form
 from ..runtime.reduce import installed
 from . import awq, bnb, gptq
@@ -20,7 +21,7 @@ from .compressed_tensors import stock_obstacle
 from .table import find_format
 
 NOTE_FILE = "svlm-export.json"
-PACKERS: dict[str, Callable[..., Any]] = {"gptq": gptq.pack_model, "awq": awq.pack_model}
+PACKERS: dict[str, Callable[..., Any]] = {"gptq": gptq.pack_model, "awq": awq.pack_model, "bnb": bnb.pack_model}
 
 
 def export_model(
@@ -50,6 +51,12 @@ def export_model(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise OutputError("the folder for the export holds something", where=str(target), change="give a new folder")
     view = storage.load_model(spec, find=find, rows=rows, trust_remote_code=trust_remote_code)
+    if view.ledger.uneven:
+        raise UsageError(
+            "no other loader can build this model: its blocks differ in shape, which no config says",
+            where=str(spec),
+            change="prune with allocation: uniform, or load it with svlm.load",
+        )
     facts: dict[str, Json] = {"svlm": __version__, "format": name, "source": str(spec), "loader": row.loader}
     with disk.whole_folder(target) as temporary:
         facts |= _write(view, Path(storage.resolve(spec)), row.module, name, temporary, dense)
@@ -71,14 +78,9 @@ def _write(view: ModelView, source: Path, module: str, name: str, folder: Path, 
     """Write weights, config and processor; returns `packed`, `dense` and `notes`."""
     if module == "compressed_tensors":
         return _copy(view, source, folder)
-    if module == "bnb":
-        packed, notes = bnb.write(view, folder)
-        if view.processor is not None:
-            view.processor.save_pretrained(folder)
-        return {"packed": packed, "dense": {}, "notes": notes}
-    state, config, choice, notes = PACKERS[module](view, storage.cast_state(view), name, dense=dense)
+    state, config, left, notes = PACKERS[module](view, storage.cast_state(view), name, dense=dense)
     storage.write_checkpoint(view, folder, state, config)
-    return {"packed": len(choice.packed), "dense": dict(choice.dense), "notes": notes}
+    return {"packed": len(view.grids) - len(left), "dense": left, "notes": notes}
 
 
 def _copy(view: ModelView, source: Path, folder: Path) -> dict[str, Json]:
@@ -89,9 +91,17 @@ def _copy(view: ModelView, source: Path, folder: Path) -> dict[str, Json]:
             where=str(source),
             change="run a recipe with a quantize pass first (svlm compress MODEL -r int4)",
         )
-    for path in sorted(source.iterdir()):
-        if path.is_file() and path.name not in ("report.json", "report.html", NOTE_FILE):
-            shutil.copy(path, folder)
+    if books := codebooks(view.grids):
+        path, book = next(iter(books.items()))
+        raise UsageError(
+            "compressed-tensors holds integers with scales",
+            where=path,
+            found=f"the codebook {book.levels} ({len(books)} of {len(view.grids)} quantized weights)",
+            change="--format bnb",
+        )
+    for file in sorted(source.iterdir()):
+        if file.is_file() and file.name not in ("report.json", "report.html", NOTE_FILE):
+            shutil.copy(file, folder)
     notes = ["a copy: svlm saves in this format"]
     if obstacle := stock_obstacle(view):
         notes.append(f"svlm.load reads it, stock transformers does not: {obstacle}")

@@ -64,11 +64,12 @@ FORMATS: dict[str, Format] = {
     ),
     "bnb": Format(
         module="bnb",
-        bits=(4,),
-        groups=(64,),
-        grids="bitsandbytes' own NF4 of a model that is NOT quantized yet: another rounding, by bitsandbytes itself",
-        packed="bitsandbytes on CPU; its GPU kernels, which svlm does not test",
-        unpacked="on CPU where there is more than one token: a linear at a time, in every forward",
+        bits=(4, 8),
+        groups=(64, -1),
+        grids="4 bits: the codes of quantize.bnb (NF4, FP4); 8 bits: symmetric, one scale a row, of any pass; one of "
+        "the two in a model",
+        packed="bitsandbytes on CPU; its GPU kernels, which svlm does not test. 8 bits: inputs are rounded as well",
+        unpacked="4 bits on CPU where there is more than one token: a linear at a time, in every forward",
         loader="transformers + bitsandbytes",
     ),
 }

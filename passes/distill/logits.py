@@ -2,41 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from ...compress.base import Context, Json, Notes, Pass, evaluating
-from ...compress.errors import PromiseBroken, Unmet
+from ...compress.base import Batches, Context, Json, Notes, evaluating
+from ...compress.errors import Unmet
+from ._common import Distill
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor
 
     from ...compress.anatomy import LinearRef, ModelView
-    from ._train import Batch, Course
+    from ._checkpoint import Checkpoint
+    from ._feed import Feed
+    from ._mapping import Mapped
+    from ._observe import Batch, Seen
 
 VALIDATION = 64  # samples of the fit split that recovery data are validated on
 
 
 @dataclass(frozen=True)
-class Logits(Pass):
-    """Heal a changed model: it learns the original's token distribution at every answer token (masked forward KL).
+class Logits(Distill):
+    """Heal a changed model: it learns the original's token distribution at every answer token.
 
     AdamW with linear warm-up and a cosine, gradients clipped at 1. Dropout stays off, so a run with the same seed
-    repeats itself bit for bit. A tenth of the fit split is held out; the weights that do best on it are kept, the
-    untrained ones included, so that training never leaves the model worse there. A loss that is not finite, or three
-    times that of the first steps, ends the training early. Weights are trained before quantizing, or they would leave
-    their grid; scales after it.
+    repeats itself bit for bit, killed and resumed or not. A tenth of the fit split is held out; the weights that do
+    best on it are kept, the untrained ones included, so that training never leaves the model worse there. A loss that
+    is not finite, or three times that of the first steps, ends the training early. Weights are trained before
+    quantizing, or they would leave their grid; scales and norms after it. Where the data has no answers, the original's
+    own greedy answers are those that it learns.
 
     Settings:
         steps: optimizer steps.
-        lr: peak learning rate. About 1e-4 for ``full``; ``lora`` and ``scales`` want ten times as much.
+        lr: peak learning rate. About 1e-4 for ``full``; the others, which train less, want ten times as much.
         batch_size: samples a step. Batches whose tensors cannot be split by sample (the patches of all images in one
             tensor) are taken as the fit split gives them.
-        train: ``full``: all weights of the selected blocks. ``lora``: a low-rank update of each selected linear, merged
-            at the end. ``scales``: of the selected linears that are quantized, the scales, as shares of themselves; the
-            integers stay (EfficientQAT's second phase).
+        train: ``full``: all weights of the selected blocks, but zeros that an earlier pass promised. ``lora``: a
+            low-rank update of each selected linear, merged at the end. ``scales``: of the selected linears that are
+            quantized, the scales, as shares of themselves; the integers stay (EfficientQAT's second phase).
+            ``connector``: all weights of the connector. ``norms``: of the selected blocks, norms, biases and layer
+            scales.
         lora_rank: rank of that update.
+        loss: with p the original's distribution and q the small model's, ``forward``: KL(p || q); ``reverse``: KL(q ||
+            p); ``skewed``: KL(p || a p + (1 - a) q); ``skewed_reverse``: KL(q || (1 - a) p + a q). Forward heals;
+            reverse and skewed ones may suit a model that is far too small to say all that the original says. What is
+            kept is chosen by forward KL whatever the loss, as it is what the small model is judged by.
+        skew: a in the skewed losses.
+        vision: ``matched``: the logits at visual tokens are learnt as well, by reverse KL. Each visual token that is
+            left is compared with one of the original's, the nearest by vocabulary logits (after EM-KD, for models that
+            a token pass gave fewer of them). The head then runs on the whole sequence. ``none``: answers alone.
+        vision_weight: of that loss.
         temperature: both distributions are softened by it.
         warmup: share of the steps in which the learning rate rises.
         where: selector of what trains; null: everything but embeddings and head. Blocks that are selected as a whole
@@ -44,57 +59,36 @@ class Logits(Pass):
         weight_decay: AdamW's.
         seed: of the order of batches and of LoRA's start.
         data: ``fit``: the fit split, again and again. ``recovery``: fresh samples without end, from a source that makes
-            them (the demo's generator). ``auto``: recovery where the data has it, else fit.
+            them (the demo's generator). ``auto``: recovery where the data has it, else fit. Anything else names other
+            data as `--data` does (a .jsonl file, a folder, a hub id), with answers or without, without the pictures of
+            the check split; a file that changes later goes unnoticed.
     """
 
     name: ClassVar[str] = "distill.logits"
     summary: ClassVar[str] = "heal: train towards the original's answer distributions"
-    paper: ClassVar[str] = "Minitron, arXiv 2407.14679; LoRA, arXiv 2106.09685; EfficientQAT, arXiv 2407.11062"
+    paper: ClassVar[str] = (
+        "Minitron, arXiv 2407.14679; DistiLLM, arXiv 2402.03898; EM-KD, AAAI 2026; LoRA, arXiv 2106.09685; "
+        "EfficientQAT, arXiv 2407.11062"
+    )
 
-    steps: int = 200
-    lr: float = 1e-4
-    batch_size: int = 16
-    train: Literal["full", "lora", "scales"] = "full"
-    lora_rank: int = 16
+    loss: Literal["forward", "reverse", "skewed", "skewed_reverse"] = "forward"
+    skew: float = 0.1
+    vision: Literal["none", "matched"] = "none"
+    vision_weight: float = 0.25
     temperature: float = 1.0
-    warmup: float = 0.1
-    where: tuple[str, ...] | str | None = None
-    weight_decay: float = 0.0
-    seed: int = 0
-    data: Literal["auto", "fit", "recovery"] = "auto"
+    data: str = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "lora_rank"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is at least 1, not {getattr(self, name)}")
-        for name in ("lr", "temperature"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is above 0, not {getattr(self, name)}")
-        if not 0 <= self.warmup <= 1 or self.weight_decay < 0:
-            raise ValueError("warmup is a share in [0, 1], weight_decay is not negative")
+        super().__post_init__()
+        if not self.temperature > 0:
+            raise ValueError(f"temperature is above 0, not {self.temperature}")
+        if self.vision_weight < 0:
+            raise ValueError(f"vision_weight is not negative, not {self.vision_weight}")
+        if not 0 < self.skew < 1:
+            raise ValueError(f"skew is a share in (0, 1), not {self.skew}; without skew take loss: forward or reverse")
 
     def requires(self, model: ModelView, ctx: Context) -> None:
-        linears = model.linears(self.where)
-        gridded = [ref.path for ref in linears if ref.path in model.grids]
-        if self.train == "scales" and not gridded:
-            raise Unmet(
-                f"{self.name} finds no scales to train",
-                where=f"where: {self.where}",
-                found="no quantized linear",
-                change="put a quantizing pass before it, or train: full",
-            )
-        if self.train != "scales" and gridded:
-            raise Unmet(
-                f"{self.name} would take quantized weights off their grid",
-                where=gridded[0],
-                found=f"{len(gridded)} quantized linears among those to train",
-                change="train: scales, or put the quantizing pass last, or choose 'where' so that it leaves them out",
-            )
-        if self.train != "full" and model.tied_embeddings and any(ref.unit.part == "head" for ref in linears):
-            raise Unmet(
-                f"train: {self.train} of a head that shares its weight with the embedding would change both",
-                change="leave the head out of 'where', or train: full",
-            )
+        super().requires(model, ctx)
         if self.data == "recovery" and ctx.recovery is None:
             raise Unmet(
                 f"{self.name} finds no recovery data",
@@ -102,102 +96,135 @@ class Logits(Pass):
                 found="the calibration data has only its fit samples",
                 change="data: fit, or calibrate with a source that generates samples (demo)",
             )
-        if not len(ctx.fit):
-            raise Unmet(f"{self.name} needs fit samples to validate on", change="raise calibration: fit")
+
+        if self.vision == "matched" and (model.image_token_id is None or model.family.seq2seq):
+            raise Unmet(
+                f"{self.name} finds no logits at visual tokens",
+                where=f"family {model.family.name}",
+                found="a decoder that does not have them in its sequence",
+                change="vision: none",
+            )
+        self._recovery(ctx)
+        with ctx.teacher() as original:
+            mine, wanted = (sorted(ref.module.out_features for ref in _head(view)) for view in (model, original))
+        if mine != wanted:
+            raise Unmet(
+                f"{self.name} cannot compare distributions over different vocabularies",
+                where="head",
+                found=f"{mine} words here, {wanted} in the original",
+                change="distil before the vocabulary is cut",
+            )
 
     def apply(self, model: ModelView, ctx: Context) -> Notes:
         import torch
 
-        from ...calib.balance import frozen
-        from ._lora import adapted, merge
-        from ._scales import loosened, settle
-        from ._train import Plan, Teacher, train
+        from ._losses import divergence
+        from ._observe import Teacher, answer_logits, observe
+        from ._train import train
+        from ._trained import training
 
         generator = torch.Generator().manual_seed(ctx.seed + self.seed)
-        batches, validation, again, share = self._batches(model, ctx)
-        linears = model.linears(self.where)
-        plan = Plan(self.steps, self.lr, self.warmup, self.weight_decay, self.temperature)
-        with ctx.teacher() as original, evaluating(model.model), frozen(model.model):
-            teacher = Teacher(original, again)
-            if self.train == "lora":
-                with adapted([ref.module for ref in linears], self.lora_rank, generator) as adapters:
-                    trained = [p for adapter in adapters for p in (adapter.down, adapter.up)]
-                    course = train(model, teacher, trained, batches, validation, plan, ctx.progress)
-                    if course.best[0] > 0:
-                        merge(adapters)
-            elif self.train == "scales":
-                paths = [ref.path for ref in linears if ref.path in model.grids]
-                modules = [model.linear(path).module for path in paths]
-                with loosened(modules, [model.grids[path] for path in paths]) as loose:
-                    trained = [one.move for one in loose]
-                    course = train(model, teacher, trained, batches, validation, plan, ctx.progress)
-                    if course.best[0] > 0:
-                        settle(loose)
-            else:
-                trained = self._parameters(model, linears)
-                for parameter in trained:
-                    parameter.requires_grad_(True)
-                course = train(model, teacher, trained, batches, validation, plan, ctx.progress)
-        used = "fit" if self.data == "fit" or ctx.recovery is None else "recovery"
-        return Notes({"data": used} | self._numbers(course, trained, share), {})
+        feed, validation, again, used = self._data(model, ctx)
+        linears, more = self.selected(model), self.bare(model)
+        with (
+            ctx.teacher() as original,
+            evaluating(model.model),
+            training(model, self.train, linears, more, self.lora_rank, generator) as trained,
+        ):
+            watched = self.watched(model, original)
+            visual = self.vision == "matched"
+            teacher = Teacher(original, again, [unit.there for unit in watched], visual)
 
-    def ensures(self, model: ModelView) -> None:
+            def objective(batch: Batch) -> tuple[Tensor, int]:
+                seen = observe(model, batch, [unit.here for unit in watched], visual)
+                return self.lost(model, batch, watched, seen, teacher(batch)), len(seen.logits)
+
+            def judge(batch: Batch) -> Tensor:
+                return divergence(answer_logits(model, batch), teacher(batch).logits, "forward", self.temperature)
+
+            course = train(
+                trained.parameters,
+                objective,
+                judge,
+                feed,
+                validation,
+                self.plan(),
+                ctx.progress,
+                self._checkpoint(ctx),
+            )
+            if course.best[0] > 0:
+                trained.settle()
+        numbers: dict[str, Json] = {
+            "kl_first": course.checks[0],
+            "kl_last": list(course.checks.values())[-1],
+            "kl_best": course.best[1],
+            "trained_parameters": sum(p.numel() for p in trained.parameters),
+            "answer_tokens_seen": course.tokens,
+        }
+        if watched:
+            numbers["units_compared"] = len(watched)
+            numbers["units_renumbered"] = sum(unit.here.name != unit.there.name for unit in watched)
+        return Notes(used | numbers | self.numbers(course), {})
+
+    def watched(self, model: ModelView, original: ModelView) -> list[Mapped]:
+        """The units whose hidden states the loss compares."""
+        return []
+
+    def lost(self, model: ModelView, batch: Batch, watched: list[Mapped], seen: Seen, wanted: Seen) -> Tensor:
+        """The training loss of a batch."""
         import torch
 
-        for name, parameter in model.model.named_parameters():
-            if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
-                raise PromiseBroken(f"{self.name} promised finite weights", where=name)
+        from ._losses import divergence, nearest_pairs
 
-    def brief(self) -> Self:
-        return replace(self, steps=min(self.steps, 2))
+        lost = divergence(seen.logits, wanted.logits, self.loss, self.temperature, self.skew)
+        if self.vision == "none":
+            return lost
+        twins = [theirs[nearest_pairs(mine, theirs)] for mine, theirs in zip(seen.visual, wanted.visual)]
+        mine = torch.cat(seen.visual)
+        if not len(mine):  # a batch without images
+            return lost
+        return lost + self.vision_weight * divergence(mine, torch.cat(twins), "reverse", self.temperature)
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
-    def _parameters(self, model: ModelView, linears: tuple[LinearRef, ...]) -> list[nn.Parameter]:
-        """What `train: full` trains: whole units where all of a unit's linears are selected, else the linears alone."""
-        chosen = {ref.path for ref in linears}
-        found: dict[int, nn.Parameter] = {}
-        for unit in model.units:
-            mine = [ref for ref in unit.linears if ref.path in chosen]
-            bare = self.where is None and not unit.linears and unit.part != "head"
-            whole = bare or (bool(mine) and len(mine) == len(unit.linears))
-            modules = [unit.module] if whole else [ref.module for ref in mine]
-            found |= {id(p): p for module in modules for p in module.parameters() if p.is_floating_point()}
-        return list(found.values())
-
-    def _batches(self, model: ModelView, ctx: Context) -> tuple[Iterator[Batch], list[Batch], list[Batch], float]:
-        """Training batches, validation batches, those that come more than once, the share of answer tokens."""
-        from ._train import endless, epochs, has_answer, held_out, split
+    def _data(self, model: ModelView, ctx: Context) -> tuple[Feed[Batch], list[Batch], list[Batch], dict[str, Json]]:
+        """Training batches, validation batches, those that come more than once; for the notes, what they are."""
+        from ._feed import Feed, epochs, held_out, split
+        from ._observe import has_answer
 
         fit = [part for batch in ctx.fit for part in split(batch, self.batch_size) if has_answer(model, part)]
         if not fit:
             raise Unmet(f"{self.name} finds no answer token in the fit split", where="labels")
-        real = answers = 0
-        for batch in fit:
-            masks = model.token_masks(batch)
-            real, answers = real + int((~masks.padding).sum()), answers + int(masks.answer.sum())
-        share = answers / max(1, real)
-        recovery = ctx.recovery
-        if self.data != "fit" and recovery is not None:
-            fresh = endless(lambda: recovery(self.batch_size))
-            count = max(1, VALIDATION // self.batch_size)
-            return (b for b in fresh if has_answer(model, b)), fit[:count], fit[:count], share
-        learn, validation = held_out(fit)
-        return epochs(learn, ctx.seed + self.seed), validation, fit, share
+        masks = [model.token_masks(batch) for batch in fit]
+        real, answers = (sum(int(t.sum()) for t in found) for found in zip(*((~m.padding, m.answer) for m in masks)))
+        notes: dict[str, Json] = {"share_of_answer_tokens": round(answers / max(1, real), 4)}
+        recovery = self._recovery(ctx)
+        if recovery is None:
+            learn, validation = held_out(fit)
+            seed = ctx.seed + self.seed
+            return Feed(lambda start: epochs(learn, seed, start)), validation, fit, {"data": "fit"} | notes
+        known = fit[: max(1, VALIDATION // self.batch_size)]
+        feed = Feed(lambda start: recovery(self.batch_size, start), lambda batch: has_answer(model, batch))
+        return feed, known, known, {"data": "recovery" if self.data == "auto" else self.data} | notes
 
-    def _numbers(self, course: Course, trained: list[nn.Parameter], share: float) -> dict[str, Json]:
-        step, loss = course.best
-        return {
-            "kl_first": course.checks[0],
-            "kl_last": list(course.checks.values())[-1],
-            "kl_best": loss,
-            "best_step": step,
-            "steps": len(course.losses),
-            "diverged_at": course.diverged_at,
-            "trained_parameters": sum(p.numel() for p in trained),
-            "answer_tokens_seen": course.tokens,
-            "share_of_answer_tokens": round(share, 4),
-            "training_loss_first": course.losses[0],
-            "training_loss_last": course.losses[-1],
-            "course": {str(k): v for k, v in course.checks.items()},
-        }
+    def _recovery(self, ctx: Context) -> Batches | None:
+        """Training batches that are not of the fit split; None where the fit split is trained on."""
+        if self.data in ("auto", "recovery"):
+            return ctx.recovery
+        if self.data == "fit":
+            return None
+        if ctx.source is None:
+            raise Unmet(f"{self.name} cannot read other data here", where=f"data: {self.data}")
+        return ctx.source(self.data)
+
+    def _checkpoint(self, ctx: Context) -> Checkpoint | None:
+        from ...calib.scratch import fingerprint
+        from ._checkpoint import Checkpoint
+
+        if ctx.scratch is None:
+            return None
+        return Checkpoint(ctx.scratch, [self.name, self.settings(), ctx.seed, fingerprint(ctx.fit)])
+
+
+def _head(model: ModelView) -> list[LinearRef]:
+    return [ref for unit in model.parts.get("head", ()) for ref in unit.linears]

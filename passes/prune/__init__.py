@@ -1,1 +1,1 @@
-"""Passes that make the model narrower."""
+"""Passes that make the model narrower or sparser."""

@@ -7,7 +7,7 @@ grouped-query attention. MLP groups, where tracing is right, are held against to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 Axis = Literal["out", "in"]  # rows (and bias) of a linear, or its columns
 Keep = dict[tuple[str, Axis], Tensor]  # (path of a linear, axis) -> indices that stay, ascending
+Cuts = dict[tuple[str, int], Tensor]  # (name of a parameter or buffer, dimension) -> indices that stay
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,31 @@ class Target:
     Attributes:
         kind: ``mlp`` (`size` channels stay) or ``heads`` (`size` query heads stay).
         groups: for heads, how many key-value heads stay; 0 for an MLP.
+        cross: the heads are those of the cross-attention.
     """
 
     unit: Unit
     kind: Literal["mlp", "heads"]
     size: int
     groups: int = 0
+    cross: bool = False
+
+    @property
+    def key(self) -> str:
+        """The target's name among those of its unit."""
+        return "cross" if self.cross else self.kind
+
+    @property
+    def attention(self) -> AttentionGeometry:
+        """The attention whose heads go."""
+        geometry = self.unit.cross_attention if self.cross else self.unit.attention
+        assert geometry is not None
+        return geometry
+
+    @property
+    def units(self) -> int:
+        """Channels or query heads before."""
+        return mlp_of(self.unit).width if self.kind == "mlp" else self.attention.n_heads
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -43,13 +63,13 @@ class Target:
     @property
     def reader(self) -> str:
         """The linear that reads what is removed: its input is what importance is measured on."""
-        return mlp_of(self.unit).down if self.kind == "mlp" else attention_of(self.unit).o
+        return mlp_of(self.unit).down if self.kind == "mlp" else self.attention.o
 
     def first(self) -> list[int]:
         """Some legal choice: the first channels, or the first query heads of the first groups."""
         if self.kind == "mlp":
             return list(range(self.size))
-        geometry = attention_of(self.unit)
+        geometry = self.attention
         before, after = geometry.n_heads // geometry.n_kv_heads, self.size // self.groups
         return [group * before + head for group in range(self.groups) for head in range(after)]
 
@@ -62,7 +82,7 @@ class Target:
         """
         if self.kind == "mlp":
             return mlp_group(mlp_of(self.unit), chosen)
-        return head_group(attention_of(self.unit), chosen)
+        return head_group(self.attention, chosen)
 
     def shapes(self) -> dict[str, tuple[int, int]]:
         """Path of each linear of the group -> (out_features, in_features) afterwards."""
@@ -122,22 +142,62 @@ def _spread(heads: Sequence[int], width: int) -> Tensor:
     return (starts[:, None] + torch.arange(width)).flatten()
 
 
-@torch.no_grad()
-def cut(model: nn.Module, keep: Mapping[tuple[str, Axis], Tensor]) -> None:
-    """Take everything out of the named linears that does not stay. New parameters are contiguous."""
+def tensors_of(keep: Keep, names: Container[str]) -> Cuts:
+    """The same choice for the tensors of the linears: rows cut the bias, too, where `names` holds one."""
+    cuts: Cuts = {}
     for (path, axis), index in keep.items():
-        linear = model.get_submodule(path)
-        assert isinstance(linear, nn.Linear)
-        index = index.to(linear.weight.device)
-        dim = 0 if axis == "out" else 1
-        linear.weight = _parameter(linear.weight, linear.weight.index_select(dim, index))
-        if axis == "out" and linear.bias is not None:
-            linear.bias = _parameter(linear.bias, linear.bias.index_select(0, index))
-        linear.out_features, linear.in_features = linear.weight.shape
+        cuts[f"{path}.weight", 0 if axis == "out" else 1] = index
+        if axis == "out" and f"{path}.bias" in names:
+            cuts[f"{path}.bias", 0] = index
+    return cuts
 
 
-def _parameter(old: Tensor, new: Tensor) -> nn.Parameter:
-    return nn.Parameter(new.detach().contiguous(), requires_grad=old.requires_grad)
+@torch.no_grad()
+def cut(model: nn.Module, cuts: Cuts) -> None:
+    """Take everything out of the named parameters and buffers that does not stay; ties hold, new ones are contiguous.
+
+    Linears learn their new widths; other modules learn theirs from `_shapes.take_on`.
+    """
+    names: dict[int, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        names.setdefault(id(tensor), []).append(name)
+    by_tensor: dict[str, dict[int, Tensor]] = {}
+    for (name, dim), index in cuts.items():
+        by_tensor.setdefault(name, {})[dim] = index
+    for shared in names.values():
+        wanted: dict[int, Tensor] = {}
+        for name in shared:
+            wanted |= by_tensor.get(name, {})
+        if not wanted:
+            continue
+        old = new = _tensor(model, shared[0])
+        for dim, index in wanted.items():
+            new = new.index_select(dim, index.to(new.device))
+        new = new.detach().contiguous()
+        if isinstance(old, nn.Parameter):
+            new = nn.Parameter(new, requires_grad=old.requires_grad)
+        for name in shared:
+            path, _, key = name.rpartition(".")
+            module = model.get_submodule(path)
+            setattr(module, key, new)
+            if isinstance(module, nn.Linear) and key == "weight":
+                module.out_features, module.in_features = new.shape
+
+
+def empty_linear(linear: nn.Linear, shape: Sequence[int], bias: bool = False) -> None:
+    """New weights of this shape that hold zeros; `bias`: with one, even where there was none."""
+    like = linear.weight
+    linear.weight = nn.Parameter(torch.zeros(*shape, dtype=like.dtype, device=like.device), like.requires_grad)
+    if bias or linear.bias is not None:
+        linear.bias = nn.Parameter(torch.zeros(shape[0], dtype=like.dtype, device=like.device), like.requires_grad)
+    linear.out_features, linear.in_features = linear.weight.shape
+
+
+def _tensor(model: nn.Module, name: str) -> Tensor:
+    path, _, key = name.rpartition(".")
+    found = getattr(model.get_submodule(path), key)
+    assert isinstance(found, Tensor)
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------------- tracing

@@ -1,55 +1,76 @@
-"""prune.structured: fewer MLP channels and attention heads, in shapes that stock loaders accept."""
+"""prune.structured: fewer MLP channels, attention heads and hidden channels, in shapes that stock loaders accept."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from ...compress.base import Context, Json, Notes, Pass
-from ...compress.errors import PromiseBroken, SelectorError, Unmet, WorkFailed
+from ...compress.errors import PromiseBroken, SelectorError, Unmet
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from ...compress.anatomy import ModelView
-    from ._groups import Target
+    from ._fit import Fit
+    from ._groups import Cuts, Target
+    from ._hidden import Stream
+    from ._measure import Scores
 
 LEAST_RATIO = 0.05
 
 
 @dataclass(frozen=True)
 class Structured(Pass):
-    """Remove the least important MLP channels or attention heads of every selected block; all blocks keep equal widths.
+    """Remove the least important MLP channels, attention heads or hidden channels.
 
-    Which ones go is decided block by block. A channel goes with its rows in gate and up and its column in down; heads
-    go as whole key-value groups with their query heads, or as the same number of query heads from every group,
-    whichever comes nearer to `ratio`. The config is edited with the weights, so a stock `from_pretrained` loads the
-    result; shapes that no stock config can say are refused before any weight is touched.
+    Which MLP channels and heads go is decided block by block. A channel goes with its rows in gate and up and its
+    column in down; heads go as whole key-value groups with their query heads, or as the same number of query heads from
+    every group, whichever comes nearer to `ratio`. A hidden channel, one of the residual stream, goes from everything
+    that reads or writes the stream: embeddings, norms, all blocks, the connector's side of it, the head. The config is
+    edited with the weights, so a stock `from_pretrained` loads the result; shapes that no stock config can say are
+    refused before any weight is touched.
 
     Settings:
-        ratio: share of the MLP channels (and of the heads) to remove, in (0, 1). At most about a third in one go; train
+        ratio: share of the channels (and of the heads) to remove, in (0, 1). At most about a third in one go; train
             the rest back with `distill.logits`.
         where: selector. An MLP or an attention belongs to it when the linear that reads the removed channels (down, or
             the output projection) does.
-        what: ``mlp``, ``heads``, or both.
-        importance: ``minitron``: mean absolute activation of a channel, mean L2 norm of a head's output; needs data.
+        what: ``mlp``, ``heads``, ``hidden``, or several of them. Heads keep their width. Where a config ties the width
+            of the attention to the hidden width (CLIP, Qwen2-VL), `hidden` needs `heads` beside it, and as many
+            channels stay as the heads that stay have. MLPs whose inner width is a hidden width (connectors) follow it.
+            Some configs want a hidden width that their number of heads divides: then the nearest such is taken.
+        importance: ``minitron``: mean absolute activation of a channel (of a hidden one: behind the norms, summed over
+            the blocks), mean L2 norm of a head's output; needs data.
+            ``flap``: how much the output moves about its mean through a channel (arXiv 2312.11983); needs data. What
+            the gone channels gave on average goes into a bias: see `compensate`. For `mlp` and `heads`.
             ``taylor``: first-order change of the loss (LLM-Pruner, arXiv 2305.11627); needs data. ``magnitude``: L2
             norm of all weights that belong to it. ``random``: the control.
-        multiple: MLP widths are rounded to multiples of it, as kernels and quantization groups like them.
-        token_weights: how much visual and text tokens count in `minitron`'s means: ``balanced`` (each half; loses least
-            on the demo model), ``text`` (ATV-Pruning's advice for large models) or ``uniform``.
+        allocation: ``uniform``: every block loses the same share, stock transformers loads the result. ``global``: the
+            units of all selected blocks are ranked together by their share of their block's importance, MLP channels
+            and key-value groups each by themselves, so blocks differ in width and only `svlm.load` loads the result.
+            For `mlp` and `heads`.
+        floor: with `global`, the least share that every block keeps.
+        compensate: with `flap`. ``auto``: where the linear has a bias or a config key gives it one (with `global`:
+            everywhere). ``always``: refuse where it cannot. ``never``.
+        multiple: MLP and hidden widths are rounded to multiples of it, as kernels and quantization groups like them.
+        token_weights: how much visual and text tokens count in the means of `minitron` and `flap`: ``balanced`` (each
+            half; loses least on the demo model), ``text`` (ATV-Pruning's advice for large models) or ``uniform``.
         seed: of `random`.
     """
 
     name: ClassVar[str] = "prune.structured"
-    summary: ClassVar[str] = "narrower: fewer MLP channels and attention heads, loadable by stock transformers"
-    paper: ClassVar[str] = "Minitron, arXiv 2407.14679; DepGraph, arXiv 2301.12900"
+    summary: ClassVar[str] = "narrower: fewer MLP channels, heads and hidden channels, loadable by stock transformers"
+    paper: ClassVar[str] = "Minitron, arXiv 2407.14679; FLAP, arXiv 2312.11983; DepGraph, arXiv 2301.12900"
 
     ratio: float = 0.3
     where: tuple[str, ...] | str = ("language",)
-    what: tuple[Literal["mlp", "heads"], ...] = ("mlp",)
-    importance: Literal["minitron", "taylor", "magnitude", "random"] = "minitron"
+    what: tuple[Literal["mlp", "heads", "hidden"], ...] = ("mlp",)
+    importance: Literal["minitron", "flap", "taylor", "magnitude", "random"] = "minitron"
+    allocation: Literal["uniform", "global"] = "uniform"
+    floor: float = 0.25
+    compensate: Literal["auto", "always", "never"] = "auto"
     multiple: int = 64
     token_weights: Literal["balanced", "text", "uniform"] = "balanced"
     seed: int = 0
@@ -59,73 +80,122 @@ class Structured(Pass):
             raise ValueError(f"ratio is a share in (0, 1), not {self.ratio}")
         if self.multiple < 1:
             raise ValueError(f"multiple is at least 1, not {self.multiple}")
+        if not 0 <= self.floor < 1:
+            raise ValueError(f"floor is a share in [0, 1), not {self.floor}")
         if not self.what or len(set(self.what)) < len(self.what):
-            raise ValueError("what names mlp, heads, or both, each once")
+            raise ValueError("what names mlp, heads, hidden, or several of these, each once")
+        if "hidden" in self.what and (self.importance == "flap" or self.allocation == "global"):
+            raise ValueError("hidden goes with allocation uniform and every importance but flap")
+        if self.compensate == "always" and self.importance != "flap":
+            raise ValueError("compensate goes with importance flap")
 
     def requires(self, model: ModelView, ctx: Context) -> None:
-        targets, _, _ = self._plan(model)
-        gridded = [path for target in targets for path in target.paths if path in model.grids]
+        from ._plan import plan_of
+
+        fit = plan_of(self, model)
+        paths = [path for target in fit.targets for path in target.paths]
+        paths += [name.rpartition(".")[0] for stream in fit.streams for name, _ in stream.slices]
+        gridded = [path for path in paths if path in model.grids]
         if gridded:
             raise Unmet(
                 f"{self.name} cannot narrow linears that are quantized already",
                 where=gridded[0],
                 change="put the quantizing pass after this one",
             )
-        if self.importance in ("minitron", "taylor") and not len(ctx.fit):
+        if self.importance in ("minitron", "flap", "taylor") and not len(ctx.fit):
             raise Unmet(f"importance '{self.importance}' needs fit samples", change="give data, or take 'magnitude'")
 
     def apply(self, model: ModelView, ctx: Context) -> Notes:
-        from ._groups import cut
+        import torch
+
+        from ...compress.blueprint import shapes_of
+        from ._groups import cut, tensors_of
+        from ._importance import best
+        from ._plan import allotted, counts, held_against_trace, plan_of
         from ._shapes import take_on
 
-        targets, edits, built = self._plan(model)
-        numbers = self._count(targets) | self._held_against_trace(model, ctx, targets)
-        chosen = self._choose(model, ctx, targets)
-        before = sum(p.numel() for p in model.model.parameters())
-        shapes: dict[str, Json] = {path: list(s) for target in targets for path, s in target.shapes().items()}
-        for target, kept in zip(targets, chosen):
-            cut(model.model, target.keep(kept))
-        take_on(model.model, built, edits)
+        fit = plan_of(self, model)
+        numbers = held_against_trace(model, ctx, fit.targets, fit.streams)
+        scores = self._scores(model, ctx, fit.targets, fit.streams)
+        targets = fit.targets if fit.built is not None else allotted(self, fit.targets, scores.targets)
+        numbers |= counts(targets, fit.streams)
+        numbers["parameters_before"], names = sum(p.numel() for p in model.model.parameters()), shapes_of(model.model)
+        cuts: Cuts = {}
+        for target, some in zip(targets, scores.targets):
+            if target.size < target.units:
+                cuts |= tensors_of(target.keep(_stay(target, some)), names)
+        for stream, some in zip(fit.streams, scores.streams):
+            cuts |= stream.cuts(best(some, stream.size))
+        cuts |= {place: torch.arange(size) for place, size in fit.idle.items()}
+        shifts = self._shifts(model, fit, targets, cuts, scores.means)
+        cut(model.model, cuts)
+        if fit.built is not None:
+            factors = take_on(model.model, fit.built, fit.edits)
+            numbers |= {"factors": factors} if factors else {}
+        _shift(model, shifts)
         model.refresh()
-        after = sum(p.numel() for p in model.model.parameters())
-        numbers |= {"config": edits, "parameters_before": before, "parameters": after}
-        return Notes(numbers, {"shapes": shapes, "config": edits})
+        touched = [name.rpartition(".")[0] for name, _ in cuts]
+        record: dict[str, Json] = {"shapes": dict(_weights(model, touched)), "config": fit.edits}
+        if fit.built is None:
+            before = {path: list(names[f"{path}.weight"]) for path in record["shapes"]}
+            biases = [path for path in shifts if f"{path}.bias" not in names]
+            record |= {"uneven": True, "before": before, "biases": biases}
+            numbers["loads_with"] = "svlm.load alone: the blocks differ in shape, which no stock config says"
+        numbers |= {"config": fit.edits, "parameters": sum(p.numel() for p in model.model.parameters())}
+        numbers |= {"mlps_tied_to_hidden": fit.implied} if fit.implied else {}
+        numbers |= {"idle_dimensions": len(fit.idle)} if fit.idle else {}
+        if self.importance == "flap":
+            numbers |= {"compensated": len(shifts), "not_compensated": len(fit.unshifted)}
+        return Notes(numbers, record)
 
     def ensures(self, model: ModelView) -> None:
         from ...compress.blueprint import config_tree
 
         record = model.ledger.record_of(self)
-        seen = 0
-        for path, found, wanted in _recorded(model, record):
-            seen += 1
-            if _wider(found, wanted):
-                raise PromiseBroken(
-                    f"{self.name} promised a narrower linear", where=path, found=f"{found}, at most {wanted}"
-                )
-        if not seen:
+        found = dict(_weights(model, record["shapes"]))
+        if not found:
             raise PromiseBroken(f"none of the linears that {self.name} narrowed is there any more")
+        if record.get("uneven"):  # blocks may have moved up since: together they are no larger
+            now, then = (sum(rows * columns for rows, columns in some.values()) for some in (found, record["shapes"]))
+            if now > then:
+                raise PromiseBroken(f"{self.name} promised smaller linears", found=f"{now} weights, at most {then}")
+            return
+        for path, shape in found.items():
+            wanted = record["shapes"][path]
+            if _wider(shape, wanted):
+                raise PromiseBroken(
+                    f"{self.name} promised a narrower linear", where=path, found=f"{shape}, at most {wanted}"
+                )
         parts = dict(config_tree(model.model.config))
         for entry, value in record["config"].items():
             place, dot, key = entry.rpartition(".")
-            if vars(parts[place + dot]).get(key, value) > value:
+            says = vars(parts[place + dot]).get(key, value)
+            if says != value if value is True else says > value:
                 raise PromiseBroken(
                     f"the config no longer says what {self.name} made of the model",
                     where=entry,
-                    found=f"{vars(parts[place + dot])[key]}, at most {value}",
+                    found=f"{says}, {'not' if value is True else 'at most'} {value}",
                 )
 
     def rebuild(self, model: ModelView, record: Mapping[str, Json]) -> None:
-        """Empty linears of the recorded shapes; nothing where the model was built from the pruned config."""
+        """Empty linears of the recorded shapes; nothing where the model has them from its config or its checkpoint."""
         import copy
 
         from ...compress.blueprint import blueprint
+        from ._groups import empty_linear
         from ._shapes import edit, take_on
 
-        if not any(_wider(found, wanted) for _, found, wanted in _recorded(model, record)):
+        found = dict(_weights(model, record["shapes"]))
+        if record.get("uneven"):
+            if found == record["before"]:
+                for path, shape in record["shapes"].items():
+                    empty_linear(model.linear(path).module, shape, bias=path in record["biases"])
+                model.refresh()
             return
-        built = blueprint(model.model, edit(copy.deepcopy(model.model.config), record["config"]))
-        take_on(model.model, built, record["config"])
-        model.refresh()
+        if any(_wider(shape, record["shapes"][path]) for path, shape in found.items()):
+            built = blueprint(model.model, edit(copy.deepcopy(model.model.config), record["config"]))
+            take_on(model.model, built, record["config"])
+            model.refresh()
 
     def weaker(self) -> Self | None:
         """Half the ratio, down to 0.05."""
@@ -133,175 +203,67 @@ class Structured(Pass):
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
-    def _plan(self, model: ModelView) -> tuple[list[Target], dict[str, int], nn.Module]:
-        """What becomes narrower, the config edits for it, and a model of that config without data.
+    def _scores(self, model: ModelView, ctx: Context, targets: list[Target], streams: list[Stream]) -> Scores:
+        """Importance of every channel or query head of each target, and of every channel of each stream."""
+        from ._measure import activation_scores, fluctuation_scores, gradient_scores, random_scores, weight_scores
 
-        Of the head counts near `ratio` the nearest that a stock config can say is taken.
-
-        Raises:
-            Unmet: nothing of that kind is selected, the ratio rounds to nothing, or no stock config says it.
-        """
-        from ._shapes import find_edits
-
-        first: Unmet | None = None
-        rank = 0
-        while targets := self._targets(model, rank):
-            try:
-                return targets, *find_edits(model.model, targets)
-            except Unmet as error:
-                first = first or error
-            if "heads" not in self.what:
-                break
-            rank += 1
-        assert first is not None
-        raise first
-
-    def _targets(self, model: ModelView, rank: int = 0) -> list[Target]:
-        """The targets with the head count that is the `rank`-nearest to the ratio; empty where there is none such."""
-        from ._groups import Target
-        from ._importance import fewer_heads, narrower
-
-        selected = {ref.path for ref in model.linears(self.where)}
-        targets: list[Target] = []
-        for kind in self.what:
-            found = 0
-            for unit in model.select(self.where):
-                mlp, attention = unit.mlp, unit.attention
-                if kind == "mlp" and mlp and mlp.down in selected:
-                    found += 1
-                    size = narrower(mlp.width, self.ratio, self.multiple)
-                    if size < mlp.width:
-                        targets.append(Target(unit, "mlp", size))
-                        continue
-                    raise self._nothing(unit.name, f"{mlp.width} channels in multiples of {self.multiple}")
-                if kind == "heads" and attention and attention.o in selected:
-                    found += 1
-                    options = fewer_heads(attention.n_heads, attention.n_kv_heads, self.ratio)
-                    if not options:
-                        have = f"{attention.n_heads} query heads in {attention.n_kv_heads} key-value groups"
-                        raise self._nothing(unit.name, have)
-                    if rank >= len(options):
-                        return []
-                    targets.append(Target(unit, "heads", *options[rank]))
-            if not found:
-                raise Unmet(f"{self.name} finds no {kind} to prune", where=f"where: {self.where}")
-        return targets
-
-    def _nothing(self, place: str, found: str) -> Unmet:
-        change = "a larger ratio" if self.multiple == 1 else "a larger ratio, or a smaller 'multiple'"
-        return Unmet(f"a ratio of {self.ratio} rounds to nothing", where=place, found=found, change=change)
-
-    def _count(self, targets: list[Target]) -> dict[str, Json]:
-        from ._groups import attention_of, mlp_of
-
-        numbers: dict[str, Json] = {}
-        mlps = [t for t in targets if t.kind == "mlp"]
-        heads = [t for t in targets if t.kind == "heads"]
-        if mlps:
-            numbers |= {
-                "mlp_blocks": len(mlps),
-                "mlp_width_before": sorted({mlp_of(t.unit).width for t in mlps}),
-                "mlp_width": sorted({t.size for t in mlps}),
-            }
-        if heads:
-            numbers |= {
-                "head_blocks": len(heads),
-                "query_heads_before": sorted({attention_of(t.unit).n_heads for t in heads}),
-                "query_heads": sorted({t.size for t in heads}),
-                "kv_heads_before": sorted({attention_of(t.unit).n_kv_heads for t in heads}),
-                "kv_heads": sorted({t.groups for t in heads}),
-            }
-        return numbers
-
-    def _held_against_trace(self, model: ModelView, ctx: Context, targets: list[Target]) -> dict[str, Json]:
-        """Compare one MLP group a block class with torch-pruning's trace; says how many agree and what did not trace.
-
-        Raises:
-            WorkFailed: the trace finds other members than the anatomy.
-        """
-        from ._groups import mlp_group, mlp_of, traced
-
-        first = {type(t.unit.module).__name__: t for t in reversed(targets) if t.kind == "mlp"}
-        agree, untraced = 0, {}
-        for block, target in first.items() if len(ctx.fit) else ():
-            mlp = mlp_of(target.unit)
-            try:
-                found = traced(model, ctx.fit[0], mlp.up)
-            except Exception as error:  # tracers and models raise many kinds; it is counted, the anatomy's group holds
-                untraced[block] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
-                continue
-            wanted = {(path, axis, int(i)) for (path, axis), index in mlp_group(mlp, [0]).items() for i in index}
-            if found != wanted:
-                raise WorkFailed(
-                    "the anatomy and torch-pruning's trace disagree about an MLP",
-                    where=target.unit.name,
-                    found=f"only traced: {sorted(found - wanted)}; only in the anatomy: {sorted(wanted - found)}",
-                    change=f"correct the layout of {block} in the anatomy row",
-                )
-            agree += 1
-        return {"groups_traced": agree, "groups_untraced": untraced} if first else {}
-
-    def _choose(self, model: ModelView, ctx: Context, targets: list[Target]) -> list[list[int]]:
-        """For each target the channels or query heads that stay."""
-        from ._groups import attention_of
-        from ._importance import best, best_heads
-
-        kept = []
-        for target, scores in zip(targets, self._scores(model, ctx, targets)):
-            if target.kind == "mlp":
-                kept.append(best(scores, target.size))
-            else:
-                kept.append(best_heads(scores, attention_of(target.unit).n_kv_heads, target.size, target.groups))
-        return kept
-
-    def _scores(self, model: ModelView, ctx: Context, targets: list[Target]) -> list[Tensor]:
-        """Importance of every channel or query head of each target."""
-        import torch
-
-        from ._measure import gradient_scores, weight_scores
-
+        where = [self.where] if isinstance(self.where, str) else self.where
         if self.importance == "random":
-            generator = torch.Generator().manual_seed(self.seed)
-            return [torch.rand(_units(target), generator=generator, dtype=torch.float64) for target in targets]
+            return random_scores(targets, streams, self.seed)
         if self.importance == "magnitude":
-            return [weight_scores(model.model, target) for target in targets]
+            return weight_scores(model.model, targets, streams)
         if self.importance == "taylor":
-            return gradient_scores(model, ctx, targets)
-        return self._activation_scores(ctx, targets)
+            return gradient_scores(model, ctx, targets, streams)
+        if self.importance == "flap":
+            return fluctuation_scores(model, ctx, where, targets, self.token_weights)
+        return activation_scores(ctx, where, targets, streams, self.token_weights)
 
-    def _activation_scores(self, ctx: Context, targets: list[Target]) -> list[Tensor]:
+    def _shifts(
+        self, model: ModelView, fit: Fit, targets: list[Target], cuts: Cuts, means: list[Tensor] | None
+    ) -> dict[str, Tensor]:
+        """FLAP's compensation: for each linear of `fit.shifted`, what the mean of its gone inputs gave its output."""
         import torch
 
-        from ._groups import attention_of
-        from ._importance import AbsMean, HeadNorm
-
-        walk = ctx.walk(self.where, name="importance")
-        for block in walk:
-            for target in targets:
-                if target.unit.name != block.name:
-                    continue
-                reader = next(ref for ref in block.linears if ref.path == target.reader)
-                width = 0 if target.kind == "mlp" else attention_of(target.unit).head_dim
-                made = AbsMean if target.kind == "mlp" else (lambda width=width: HeadNorm(width))
-                (stat,) = block.observe(made, [reader], token_weights=self.token_weights).values()
-                block.notes[target.kind] = stat.mean.tolist()  # survives a kill; the weights stay until all is measured
-        return [torch.tensor(walk.notes[t.unit.name][t.kind], dtype=torch.float64) for t in targets]
+        shifts = {}
+        for target, mean in zip(targets, means or ()):
+            stay = cuts.get((f"{target.reader}.weight", 1))
+            if stay is None or target.reader not in fit.shifted:
+                continue
+            gone = torch.ones(len(mean), dtype=torch.bool)
+            gone[stay] = False
+            weight = model.weight(target.reader)
+            shifts[target.reader] = weight.detach().double()[:, gone] @ mean[gone].to(weight.device)
+        return shifts
 
 
-def _recorded(model: ModelView, record: Mapping[str, Json]) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...]]]:
-    """(path, shape, recorded shape) of the narrowed linears; without those whose block a later pass took out."""
-    for path, wanted in record["shapes"].items():
+def _shift(model: ModelView, shifts: Mapping[str, Tensor]) -> None:
+    """Add to the biases; a linear without one gets one."""
+    import torch
+    from torch import nn
+
+    for path, shift in shifts.items():
+        linear = model.model.get_submodule(path)
+        old = torch.zeros_like(shift) if linear.bias is None else linear.bias.detach()
+        linear.bias = nn.Parameter((old + shift).to(linear.weight.dtype), requires_grad=linear.weight.requires_grad)
+
+
+def _stay(target: Target, scores: Tensor) -> list[int]:
+    """The channels or query heads that stay."""
+    from ._importance import best, best_heads
+
+    if target.kind == "mlp":
+        return best(scores, target.size)
+    return best_heads(scores, target.attention.n_kv_heads, target.size, target.groups)
+
+
+def _weights(model: ModelView, paths: Iterable[str]) -> Iterator[tuple[str, list[int]]]:
+    """(path, shape of the weight) of those paths that are linears; a later pass may have taken some out."""
+    for path in paths:
         try:
-            yield path, tuple(model.linear(path).module.weight.shape), tuple(wanted)
+            yield path, list(model.linear(path).module.weight.shape)
         except SelectorError:
             continue
 
 
 def _wider(found: Sequence[int], wanted: Sequence[int]) -> bool:
     return found[0] > wanted[0] or found[1] > wanted[1]
-
-
-def _units(target: Target) -> int:
-    from ._groups import attention_of, mlp_of
-
-    return mlp_of(target.unit).width if target.kind == "mlp" else attention_of(target.unit).n_heads

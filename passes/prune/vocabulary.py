@@ -64,13 +64,13 @@ class Vocabulary(Pass):
 
         self._wanted(model, ctx, backend(model.processor))
         rows = table_rows(model.model)
-        find_cut(model.model, sorted(i for i in named_ids(model.model) if i < rows))
+        find_cut(model, sorted(i for i in named_ids(model.model) if i < rows))
 
     def apply(self, model: ModelView, ctx: Context) -> Notes:
         from ...compress.vocabulary import find_cut, narrow, ranges, table_rows
 
         trim, numbers = self._plan(model, ctx)  # may still refuse; no weight is touched yet
-        cut = find_cut(model.model, trim.kept)
+        cut = find_cut(model, trim.kept)
         rows = table_rows(model.model)
         before = sum(p.numel() for p in model.model.parameters())
         numbers |= self._lost_mass(model, ctx, trim.kept)
@@ -163,7 +163,7 @@ class Vocabulary(Pass):
         """The probability that the original gives to the other tokens, on the answers of the fit split."""
         import torch
 
-        from ..distill._train import answer_logits, has_answer
+        from ..distill._observe import answer_logits, has_answer
 
         found = []
         with ctx.teacher() as original, torch.no_grad():

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     from ...compress.anatomy import LinearRef, ModelView, Table
+    from ...compress.runtime.codebook import Codebook
     from ...compress.runtime.grid import Grid
 
 P = TypeVar("P", bound=Pass)
@@ -143,7 +144,7 @@ def _divisors(width: int) -> str:
     return ", ".join(map(str, [*fits, -1]))
 
 
-def place(model: ModelView, ref: LinearRef | Table, weight: torch.Tensor, grid: Grid) -> None:
+def place(model: ModelView, ref: LinearRef | Table, weight: torch.Tensor, grid: Grid | Codebook) -> None:
     """Put the rounded weight into the model, and its grid into the books."""
     ref.module.weight.data.copy_(weight)
     model.grids[ref.path] = grid
@@ -161,16 +162,16 @@ def check_grids(
 
     A mapping of paths says the group of each linear, as the record has it; where it is a list, all have `group`.
     """
-    from ...compress.runtime.grid import off_grid
+    from ...compress.runtime.grid import Grid, off_grid
 
     for path in paths:
         grid = model.grids.get(path)
         size = paths[path] if isinstance(paths, Mapping) else group
-        if grid is None or (grid.bits, grid.group, grid.symmetric) != (bits, size, symmetric):
+        if not isinstance(grid, Grid) or (grid.bits, grid.group, grid.symmetric) != (bits, size, symmetric):
             raise PromiseBroken(
                 f"{step.name} promised a grid of {_spell(bits, size, symmetric)}",
                 where=path,
-                found="no grid" if grid is None else _spell(grid.bits, grid.group, grid.symmetric),
+                found=_spell(grid.bits, grid.group, grid.symmetric) if isinstance(grid, Grid) else "no such grid",
             )
         share = off_grid(model.weight(path), grid)
         if share > 0:

@@ -24,6 +24,7 @@ def descend(
     damping: float,
     rounds: int,
     drift: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, Grid]:
     """`q` [out, in], on `grid`, after `rounds` turns of new scales and one sweep over the integers: (weight, grid).
 
@@ -31,11 +32,12 @@ def descend(
         w: [out, in], the weight to be near to, in the precision to compute in. h: [in, in], undamped.
         damping: what is added to the diagonal of h; columns without input get 1 besides.
         drift: as in `gptq`; the error is then ``tr((W - Q) H (W - Q)^T) + 2 tr((W - Q) (W D)^T)``.
+        mask: [out, in] bool, which weights of `q` are zero and stay so.
     """
     damped = h.to(w.dtype).clone()
     diagonal = damped.diagonal()
     diagonal += torch.where(diagonal == 0, 1.0, 0.0) + damping
-    state = Descent(w, q, grid, damped, None if drift is None else w @ drift.to(w.dtype))
+    state = Descent(w, q, grid, damped, None if drift is None else w @ drift.to(w.dtype), mask)
     for _ in range(rounds):
         state.refit()
         state.sweep()
@@ -54,9 +56,16 @@ class Descent:
     """
 
     def __init__(
-        self, w: torch.Tensor, q: torch.Tensor, grid: Grid, h: torch.Tensor, pull: torch.Tensor | None = None
+        self,
+        w: torch.Tensor,
+        q: torch.Tensor,
+        grid: Grid,
+        h: torch.Tensor,
+        pull: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
     ) -> None:
-        """`w`, `q`, `pull`: [out, in]. `h`: [in, in], damped."""
+        """`w`, `q`, `pull`, `mask`: [out, in]. `h`: [in, in], damped."""
+        self.fixed = None if mask is None else mask.T.contiguous()
         self.w, self.h, self.grid = w.T.contiguous(), h, grid
         self.pull = None if pull is None else pull.T.contiguous()
         self.groups = grid.scale.shape[1]
@@ -112,6 +121,8 @@ class Descent:
                 column, g = start + i, (start + i) // size
                 value, change, scale = self.values[column], changes[i], scales[g]
                 best = torch.add(value, block[i], alpha=steps[column]).div_(scale).round_().clamp_(low[g], high[g])
+                if self.fixed is not None:
+                    best.masked_fill_(self.fixed[column], 0.0)
                 self.ints[column] = best
                 best = best.mul_(scale).to(dtype)
                 torch.sub(best, value, out=change)

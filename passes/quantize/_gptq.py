@@ -130,6 +130,7 @@ def gptq(
     refine: int = 0,
     factor: Factor | None = None,
     drift: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
 ) -> Solved:
     """Round `w` so that the outputs on the inputs behind `h` change least.
 
@@ -143,6 +144,8 @@ def gptq(
         refine: rounds of least-squares scales and coordinate descent on the integers afterwards, see `_descent`.
         factor: of this `h`, `damp` and `act_order`, where it is known already.
         drift: [in, in], ``2 alpha E[(x_original - x) x^T]``: GPTAQ's term.
+        mask: [out, in] bool, which weights are zero and stay so. What the columns before move into such a place goes on
+            to the columns after it: there the least error needs no more than what stays free.
     """
     precision = torch.float64 if h.dtype == torch.float64 else torch.float32
     original = w.detach().to(precision)
@@ -168,6 +171,7 @@ def gptq(
     slope = None if drift is None else _slope(drift[order][:, order], found.upper).to(precision)
     rest = alive[:, order].T.contiguous()  # [in, out]: a column of the weight lies in one piece
     rounded = torch.empty_like(rest)
+    fixed = None if mask is None else mask[:, order].T.contiguous()
     scales, zeros = _spread(grids[0], precision) if static else (None, None)
     for start in range(0, columns, blocksize):
         stop = min(start + blocksize, columns)
@@ -180,13 +184,14 @@ def gptq(
                 if slope is not None:
                     later += slope[start:column, stop:].T @ block[:i]
                 now = torch.cat([block[i:], later])[:size].T
+                now = now if fixed is None else now.masked_fill(fixed[column : column + size].T, 0.0)
                 grids.append(grid_of(now, -1, importance[column : column + size]))
                 scales, zeros = _spread(grids[-1], precision)
             assert scales is not None
             place = places[column] // size if static else 0
             value = block[i]
             q = _nearest(value, scales[place], None if zeros is None else zeros[place], bits, dtype)
-            rounded[column] = q
+            rounded[column] = q if fixed is None else q.masked_fill_(fixed[column], 0.0)
             torch.sub(value, q, out=errors[i]).div_(diagonal[column])
             block[i + 1 :].addr_(local[i, i + 1 :], errors[i], alpha=-1)
             if slope is not None:
@@ -202,7 +207,7 @@ def gptq(
         zero = None if symmetric else torch.cat([g.zero for g in grids if g.zero is not None], 1)
         grid = Grid(bits, group, symmetric, torch.cat([g.scale for g in grids], 1), zero)
     if refine:
-        back, grid = descend(alive, back, grid, h, found.damping, refine, drift)
+        back, grid = descend(alive, back, grid, h, found.damping, refine, drift, mask)
     return Solved(back.float(), grid, *row_errors(original, back, h), retries, dead)
 
 

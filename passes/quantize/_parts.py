@@ -1,8 +1,8 @@
-"""A unit's inputs in small runs of samples, each with what the unit returned when it was still whole."""
+"""A unit's inputs in small runs of samples, each with what the unit is to return for it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ class Part:
     """Some samples of a batch.
 
     Attributes:
-        call: the unit's (args, kwargs). target: the first tensor that the unit returned for it.
+        call: the unit's (args, kwargs). target: what its first tensor is to be.
         weights: of the target's tokens, [tokens]; None: all 1. total: what the numbers of the target weigh together.
     """
 
@@ -56,9 +56,15 @@ class Part:
 
 
 def parts_of(
-    unit: WalkUnit, batch_size: int, token_weights: TokenWeights, relative: bool = False
+    unit: WalkUnit,
+    batch_size: int,
+    token_weights: TokenWeights,
+    relative: bool = False,
+    targets: Iterable[torch.Tensor] | None = None,
 ) -> tuple[list[Part], int]:
     """The unit's inputs in runs of at most `batch_size` samples, and how many batches could not be split.
+
+    Their targets are what the unit, as it now is, returns for them, or `targets`, one for each of its inputs.
 
     What a unit receives differs by family: tensors with a row a sample, tables that all samples share, packed
     sequences. A batch is split along the first dimension of its first tensor, with all tensors that have as many rows,
@@ -66,8 +72,17 @@ def parts_of(
     """
     parts: list[Part] = []
     whole = 0
-    for call, target, (samples, weights) in zip(unit.inputs(), unit.outputs(), unit.rows(token_weights), strict=True):
-        target = first(target).detach()
+    wanted = (None for _ in unit.inputs()) if targets is None else targets
+    given = zip(unit.inputs(), unit.outputs(), wanted, unit.rows(token_weights), strict=True)
+    for call, output, target, (samples, weights) in given:
+        output = first(output).detach()
+        target = output if target is None else target
+        if target.shape != output.shape:
+            raise WorkFailed(
+                "a unit does not return what it is compared with",
+                where=unit.name,
+                found=f"{tuple(output.shape)}, to be compared with {tuple(target.shape)}",
+            )
         if weights is not None and weights.numel() * target.shape[-1] != target.numel():
             raise WorkFailed(
                 "the tokens of the batch and of the block's output do not match",
@@ -77,7 +92,7 @@ def parts_of(
             )
         split = None
         if samples > batch_size:
-            split = _split(unit, call, target, samples, batch_size, weights, relative)
+            split = _split(unit, call, output, target, samples, batch_size, weights, relative)
             whole += split is None
         if split is None:
             split = [Part.of(call, target, samples, weights, relative)]
@@ -88,6 +103,7 @@ def parts_of(
 def _split(
     unit: WalkUnit,
     call: Call,
+    output: torch.Tensor,
     target: torch.Tensor,
     samples: int,
     size: int,
@@ -110,7 +126,8 @@ def _split(
                 again = first(unit.run(few, {}))
         except (RuntimeError, ValueError, IndexError):  # shapes that belong together were torn apart
             return None
-        if again.shape != part.target.shape or not _same(again, part.target, part.weights):
+        whole = output[start * step : stop * step]
+        if again.shape != whole.shape or not _same(again, whole, part.weights):
             return None
         found.append(part)
     return found

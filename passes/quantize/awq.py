@@ -12,7 +12,7 @@ from ._common import check_data, check_grids, check_linears, check_settings, mil
 if TYPE_CHECKING:
     import torch
 
-    from ...compress.anatomy import ModelView
+    from ...compress.anatomy import LinearRef, ModelView
     from ...compress.runtime.grid import Grid
     from ._fold import Pair
 
@@ -156,7 +156,7 @@ class AWQ(Pass):
                 weight = ref.module.weight.detach().float()
                 row: dict[str, Json] = {"clipped": 0.0, "fallback": not usable}
                 if self.solver == "gptq":
-                    rounded, grid, row["fallback"] = self._gptq(model, weight, h)
+                    rounded, grid, row["fallback"] = self._gptq(model, ref, h)
                 else:
                     clips = self.clip and usable and ref.role not in UNCLIPPED
                     kind = (self.bits, self.group, self.symmetric, model.storage_dtype)
@@ -167,12 +167,13 @@ class AWQ(Pass):
                 rows[ref.path] = row
         return rows
 
-    def _gptq(self, model: ModelView, weight: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor, Grid, bool]:
+    def _gptq(self, model: ModelView, ref: LinearRef, h: torch.Tensor) -> tuple[torch.Tensor, Grid, bool]:
         """The solver `gptq`: rounded weight, its grid, and whether it had to fall back."""
         from ._gptq import gptq
 
         kind: dict[str, Any] = {"bits": self.bits, "group": self.group, "symmetric": self.symmetric}
-        solved = gptq(weight, h, dtype=model.storage_dtype, scale_search=True, **kind)
+        mask = model.promised_zeros(ref.path)
+        solved = gptq(ref.module.weight, h, dtype=model.storage_dtype, scale_search=True, mask=mask, **kind)
         return solved.weight, solved.grid, solved.fallback
 
     def ensures(self, model: ModelView) -> None:

@@ -139,6 +139,7 @@ class GPTQ(Pass):
                             refine=self.refine,
                             factor=factor,
                             drift=None if cross is None or not cross.numel() else self.asymmetric * cross,
+                            mask=model.promised_zeros(*(ref.path for ref in alike)),
                         )
                         heights = [len(ref.module.weight) for ref in alike]
                         for ref, solved in zip(alike, whole.split(heights), strict=True):

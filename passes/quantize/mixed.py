@@ -157,6 +157,7 @@ class Mixed(Pass):
     # --------------------------------------------------------------------------------------------------------- the work
 
     def apply(self, model: ModelView, ctx: Context) -> Notes:
+        from ...compress.runtime.codebook import integer_grids
         from ._allocate import allocate
 
         where, table = chosen(model, self.where)
@@ -184,8 +185,9 @@ class Mixed(Pass):
             notes = solver.rounded(model, ctx, lambda ref: (bits[ref.path], self._group(ref)))
             numbers |= notes.numbers
         numbers["stock_transformers"] = stock_note(model)
-        grids = {path: (model.grids[path].bits, model.grids[path].group, model.grids[path].symmetric) for path in bits}
-        return Notes(numbers, {"grids": {path: list(kind) for path, kind in grids.items()}, "budget": budget})
+        grids = integer_grids(model.grids)
+        kinds = {path: [grids[path].bits, grids[path].group, grids[path].symmetric] for path in bits}
+        return Notes(numbers, {"grids": kinds, "budget": budget})
 
     def _group(self, ref: LinearRef) -> int:
         return fitting_group(ref.module.in_features, self.group)
@@ -282,6 +284,7 @@ class Mixed(Pass):
                     act_order=self.act_order,
                     scale_search=self.scale_search,
                     factor=factors[id(stat)],
+                    mask=model.promised_zeros(ref.path),
                 )
                 solved = [solve(bits=bits, symmetric=self.symmetric or bits == 8) for bits in self.choices]
                 before = ref.module.weight.detach().float()

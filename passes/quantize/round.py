@@ -130,6 +130,7 @@ class Round(Pass):
             for ref, hessian in unit.observe(Hessian, stage, self.token_weights).items():
                 h, weight = hessian.matrix, ref.module.weight.detach().float()
                 h = h if h.numel() else h.new_zeros(weight.shape[1], weight.shape[1])
+                mask = model.promised_zeros(ref.path)
                 solved = gptq(
                     weight,
                     h,
@@ -138,6 +139,7 @@ class Round(Pass):
                     symmetric=self.symmetric,
                     dtype=model.storage_dtype,
                     scale_search=True,
+                    mask=mask,
                 )
                 centre = weight
                 if not solved.fallback:
@@ -145,6 +147,8 @@ class Round(Pass):
                     factor, _ = inverse_factor(h[order][:, order], 0.01)
                     assert factor is not None  # else it had fallen back
                     centre = compensated(weight * (h.diagonal() != 0), solved.weight, factor, order)
+                if mask is not None:  # from a centre of 0 no shift leads to another integer
+                    centre = centre.masked_fill(mask, 0.0)
                 roundings[ref] = Rounding(centre, solved.grid)
                 fallbacks += solved.fallback
                 ref.module.weight.data.copy_(solved.weight)

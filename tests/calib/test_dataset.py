@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -178,3 +178,22 @@ def test_the_demo_has_a_shifted_check_split_and_endless_fresh_data() -> None:
     assert [s.id for s in islice(plain.recovery(), 40)] == [s.id for s in fresh]
     assert not contents(fresh) & contents(plain.fit + plain.check)
     assert all(s.answers and s.image_id.startswith("recovery") for s in fresh)
+
+
+def test_other_data_to_train_on_show_no_picture_of_the_check_split(tmp_path: Path) -> None:
+    file = asked(tmp_path, 12, 2)
+    data = CalibrationSet.load(file, fit=8, check=8, seed=0)
+    stream = data.other(str(file), seed=3)
+    found = list(stream())
+    assert [s.id for s in stream()] == [s.id for s in found]
+    assert [s.id for s in data.other(str(file), seed=4)()] != [s.id for s in found]
+    assert not contents(found) & contents(data.check)
+    everything = contents(list(CalibrationSet.load(file, fit=12, check=12).fit)) | contents(data.fit)
+    assert everything - contents(data.check) <= contents(found)
+    assert len(found) == 24 - 2 * len(contents(data.check))
+    runs = sum(a.image_id == b.image_id for a, b in pairwise(found))
+    assert runs < len(found) / 2, "the questions of one picture do not stand together"
+    with pytest.raises(DataError, match="no such file"):
+        data.other(str(tmp_path / "none.jsonl"), seed=0)
+    fresh = data.other("demo", seed=0)
+    assert [s.id for s in islice(fresh(), 3)] == [s.id for s in islice(fresh(), 3)]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from svlm.calib.stats import AbsMax, ColumnNorm, Hessian, MeanSquare, Stat, modality_weights
+from svlm.calib.stats import AbsMax, ColumnNorm, Hessian, MeanSquare, Spread, Stat, modality_weights
 from svlm.compress.anatomy import TokenMasks
 
 X = torch.randn(40, 6, generator=torch.Generator().manual_seed(1)) * torch.tensor([1.0, 5, 0.1, 0, 2, 1])
@@ -59,6 +59,21 @@ def test_tokens_of_weight_zero_do_not_count(make: Callable[[], Stat]) -> None:
     blank.update(X, torch.zeros(40))
     tensors = [vars(s).get("matrix", vars(s).get("mean", vars(s).get("value"))) for s in (one, two, blank)]
     assert torch.equal(tensors[0], tensors[1]) and not tensors[2].any() and tensors[2].shape == tensors[0].shape
+
+
+def test_mean_and_variance_equal_the_loop_far_from_zero() -> None:
+    x, w = torch.randn(12, 3).double() + 1e6, torch.rand(12).double()
+    w[4] = 0
+    stat = Spread()
+    for start, end in ((0, 1), (1, 5), (5, 5), (5, 12)):
+        stat.update(x[start:end], w[start:end])
+    total = float(w.sum())
+    for channel in range(3):
+        mean = sum(float(w[t]) * float(x[t, channel]) for t in range(12)) / total
+        variance = sum(float(w[t]) * (float(x[t, channel]) - mean) ** 2 for t in range(12)) / total
+        assert float(stat.mean[channel]) == pytest.approx(mean, rel=1e-12)
+        assert float(stat.variance[channel]) == pytest.approx(variance, rel=1e-6)
+    assert stat.tokens == 11 and stat.weight == pytest.approx(total)
 
 
 def test_the_wrong_shape_is_refused() -> None:

@@ -22,13 +22,14 @@ from tests import speakers, zoo
 IDS = ("input_ids", "labels")
 
 
-def cut(model: Any, batch: dict[str, torch.Tensor], share: float = 0.5) -> Any:
+def cut(view: ModelView, batch: dict[str, torch.Tensor], share: float = 0.5) -> Any:
     """Of a random subset of the tokens: those of the batch, of the configs, and some more."""
+    model = view.model
     rows = vocabulary.table_rows(model)
     g = torch.Generator().manual_seed(5)
     more = torch.randperm(rows, generator=g)[: int(share * rows)].tolist()
     used = {i for name in IDS if name in batch for i in batch[name].unique().tolist()}
-    return find_cut(model, sorted(i for i in {*more, *used, *named_ids(model)} if 0 <= i < rows))
+    return find_cut(view, sorted(i for i in {*more, *used, *named_ids(model)} if 0 <= i < rows))
 
 
 def renumbered(batch: dict[str, torch.Tensor], numbering: Numbering) -> dict[str, torch.Tensor]:
@@ -45,7 +46,7 @@ def test_logits_of_kept_tokens_are_those_from_before(family: str, tmp_path) -> N
     model, batch = zoo.build(family)
     before = logits(model, batch)
     view = view_of(model)
-    found = cut(model, batch)
+    found = cut(view, batch)
     kept = list(found.numbering.kept)
     assert len(kept) < zoo.VOCAB
     narrow(view, found)
@@ -64,15 +65,15 @@ def test_logits_of_kept_tokens_are_those_from_before(family: str, tmp_path) -> N
 
 def test_ids_of_configs_follow_and_placeholders_beyond_the_table_stay_beyond() -> None:
     model = speakers.llava(50, image_token=53)
-    found = find_cut(model, [0, 1, 2, 3, 10, 20])
     view = view_of(model)
+    found = find_cut(view, [0, 1, 2, 3, 10, 20])
     assert named_ids(model) == {0, 1, 2, 3, 53}
     narrow(view, found)
     assert view.image_token_id == 9 and model.config.text_config.vocab_size == 6
     with pytest.raises(KeyError):
         found.numbering(4)
     assert found.numbering(-100) == -100 and found.numbering(20) == 5
-    again = find_cut(model, [0, 1, 2, 3, 5])
+    again = find_cut(view, [0, 1, 2, 3, 5])
     model.generation_config.eos_token_id = [2, 5]
     model.generation_config.bad_words_ids = [[5, 3], [2]]
     narrow(view, again)
@@ -92,7 +93,8 @@ def test_ids_of_another_vocabulary_stay_as_they_are() -> None:
     model, batch = zoo.build("blip-2")
     model.config.qformer_config.update({"vocab_size": 77, "pad_token_id": 55})
     assert 55 not in named_ids(model)
-    narrow(view_of(model), cut(model, batch))
+    view = view_of(model)
+    narrow(view, cut(view, batch))
     assert model.config.qformer_config.pad_token_id == 55 and model.config.qformer_config.vocab_size == 77
 
 
@@ -107,7 +109,7 @@ def test_a_size_that_counts_something_else_too_is_refused(monkeypatch) -> None:
 
     monkeypatch.setattr(vocabulary, "blueprint", strange)
     with pytest.raises(Unmet, match="no vocabulary") as error:
-        find_cut(model, [0, 1, 2, 3, 4])
+        find_cut(view_of(model), [0, 1, 2, 3, 4])
     assert "multi_modal_projector.linear_1" in str(error.value)
 
 
@@ -120,13 +122,21 @@ def test_quantized_rows_keep_their_grid(tied: bool) -> None:
     apply_pass(step, view, Context([], lambda *a, **k: None, lambda: None))
     before = {path: view.model.get_submodule(path).weight.detach().clone() for path in view.grids}
     kept = [0, 1, 2, 3, 4, 30, 31, 49]
-    narrow(view, find_cut(view.model, kept))
+    narrow(view, find_cut(view, kept))
     assert len(view.grids) == (1 if tied else 2)
     for path, grid in view.grids.items():
         weight = view.model.get_submodule(path).weight
         assert torch.equal(weight, before[path][kept]) and on_grid(weight, grid) and grid.zero.shape[0] == 8
     assert view.tied_embeddings == tied
     step.ensures(view)
+
+
+def test_a_head_in_blocks_that_span_rows_is_refused() -> None:
+    view = view_of(speakers.llava(50, tied=False))
+    step = passes.find("quantize.bnb").from_settings({"where": ["head"]})
+    apply_pass(step, view, Context([], lambda *a, **k: None, lambda: None))
+    with pytest.raises(Unmet, match="share their scales"):
+        find_cut(view, [0, 1, 2, 3, 4])
 
 
 def test_the_original_without_rows_shares_all_the_rest() -> None:
@@ -158,7 +168,7 @@ def test_a_token_pass_before_goes_on_seeing_the_picture() -> None:
     step = passes.find("tokens.grid").from_settings({"keep": 0.5})
     apply_pass(step, view, Context([batch], lambda *a, **k: None, lambda: None))
     before = logits(model, batch)
-    found = cut(model, batch)
+    found = cut(view, batch)
     narrow(view, found)
     after = logits(model, renumbered(batch, found.numbering))
     torch.testing.assert_close(after, before[..., list(found.numbering.kept)], rtol=0, atol=1e-6)
@@ -173,5 +183,5 @@ def test_ranges() -> None:
 
 def test_a_copy_stands_alone() -> None:
     view = view_of(speakers.llava(50))
-    narrow(view, find_cut(view.model, range(20)))
+    narrow(view, find_cut(view, range(20)))
     assert copy.deepcopy(view.model).get_input_embeddings().weight.shape == (20, 32)

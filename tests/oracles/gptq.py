@@ -25,12 +25,15 @@ def point(value, scale, zero, bits):
     return ((q - zero) * scale).to(torch.bfloat16).double()
 
 
-def gptq(w, h, bits, group, symmetric, damp=0.01, act_order=True, drift=None):
+def gptq(w, h, bits, group, symmetric, damp=0.01, act_order=True, drift=None, mask=None):
     """The rounded weight and its error ``tr((W - Q) H (W - Q)^T)``.
 
     With `drift` (GPTAQ, arXiv 2504.02692) the columns still to come also take, after every column i, the change that
     answers best to ``w_i (x_original_i - x_i)``: ``w_i D_iF (H_FF)^-1``, F the columns to come.
+
+    Where `mask` [out, in] is true, weights are rounded to 0 whatever they have become.
     """
+    mask = torch.zeros(w.shape, dtype=torch.bool) if mask is None else mask
     original, h = w.double(), h.double()
     w, columns = original.clone(), w.shape[1]
     size = columns if group == -1 else group
@@ -49,8 +52,9 @@ def gptq(w, h, bits, group, symmetric, damp=0.01, act_order=True, drift=None):
         if act_order:
             current = before[column // size]
         elif step % size == 0:
-            current = scales(w[:, column : column + size], bits, symmetric)
-        rounded[:, column] = point(w[:, column], *current, bits)
+            inside = slice(column, column + size)
+            current = scales(torch.where(mask[:, inside], 0.0, w[:, inside]), bits, symmetric)
+        rounded[:, column] = torch.where(mask[:, column], 0.0, point(w[:, column], *current, bits))
         before_error = w[:, column].clone()
         error = (w[:, column] - rounded[:, column]) / inverse[column, column]
         w[:, left] -= error[:, None] * inverse[column, left][None, :]

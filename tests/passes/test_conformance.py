@@ -22,12 +22,17 @@ from tests import zoo
 FAMILIES = zoo.FAMILIES
 SMALL = {  # settings that suit models with widths of 16 to 64
     "prune.structured": {"ratio": 0.5, "multiple": 4, "what": ["mlp"]},
+    "prune.wanda": {"pattern": "2:4", "where": ["vision", "language"]},
+    "prune.sparsegpt": {"sparsity": 0.5, "blocksize": 16, "where": ["vision", "language"]},
     "distill.logits": {"steps": 2, "batch_size": 2},
+    "distill.features": {"steps": 2, "batch_size": 2, "features": ["vision", "language"]},
+    "distill.blocks": {"steps": 2, "batch_size": 1},
     "quantize.rtn": {"bits": 4, "group": -1, "where": ["language"]},
     "quantize.gptq": {"bits": 4, "group": -1, "where": ["language"]},
     "quantize.awq": {"bits": 4, "group": -1, "where": ["language"], "steps": 3},
     "quantize.round": {"bits": 4, "group": -1, "where": ["language"], "steps": 2, "batch_size": 1},
     "quantize.hqq": {"bits": 4, "group": -1, "where": ["language"]},
+    "quantize.bnb": {"where": ["language"]},
     "quantize.smooth": {"alpha": 0.5, "where": ["language"]},
     "quantize.static": {"alpha": "none", "where": ["vision"]},
     "quantize.mixed": {"bits": 3.5, "group": -1, "where": ["language", "embeddings"], "refine": 0},

@@ -14,6 +14,7 @@ from ...anatomy import ModelView
 from ...base import Json
 from ...errors import UsageError, did_you_mean
 from ...mapped import only_lets_go
+from ..codebook import Codebook
 from ..grid import Grid
 from .linear import KernelLinear
 from .measure import COUNTS, LIMITS, SWEPT, activations, choose, keep_times, kind, machine, measure, read_times
@@ -94,7 +95,10 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _on(grid: Grid | None, device: torch.device) -> Grid | None:
+def _on(grid: Grid | Codebook | None, device: torch.device) -> Grid | None:
+    """A grid of integers, there; codes run dequantized."""
+    if isinstance(grid, Codebook):
+        return None
     if grid is None or device.type == "cpu":
         return grid
     return replace(grid, scale=grid.scale.to(device), zero=None if grid.zero is None else grid.zero.to(device))

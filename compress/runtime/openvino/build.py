@@ -17,6 +17,7 @@ from ...disk import read_json, whole_folder
 from ...errors import UsageError
 from ...storage import fingerprint
 from ..activations import remove
+from ..codebook import integer_grids
 from ..kv_cache import installed as kv_form
 from .constants import Counts
 from .convert import EMBEDDING, HEAD, LANGUAGE, Image, Rows, Seen, convert_decoder, convert_part, fix_shapes, observe
@@ -98,7 +99,7 @@ def load_openvino(
 def _key(view: ModelView, seen: Seen, ov: Any) -> str:
     """Changes with the weights, the grids, the size of the pictures, openvino, and svlm's own layout."""
     digest = hashlib.sha256(fingerprint(view).encode())
-    grids = {path: (g.bits, g.group, g.symmetric) for path, g in sorted(view.grids.items())}
+    grids = {path: (g.bits, g.group, g.symmetric) for path, g in sorted(integer_grids(view.grids).items())}
     facts = (
         FORMAT,
         ov.__version__,

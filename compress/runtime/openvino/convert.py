@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from ...anatomy import ModelView
 from ...errors import Unmet, WorkFailed
 from ..activations import installed
+from ..codebook import integer_grids
 from .constants import Counts, compress_constants, pack_constants
 
 MASKED = -1e9  # added to scores of tokens that must not be seen; finite, so that a row that sees nothing is no NaN
@@ -278,9 +279,10 @@ def convert_part(view: ModelView, module: nn.Module, path: str, example: tuple[T
             change="svlm.load(OUT) runs it in torch",
         ) from error
     prefix = f"{path}." if path else ""
-    mine = {p: p.removeprefix(prefix) if p != path else "" for p in view.grids if p == path or p.startswith(prefix)}
+    grids = integer_grids(view.grids)  # codes run dequantized
+    mine = {p: p.removeprefix(prefix) if p != path else "" for p in grids if p == path or p.startswith(prefix)}
     names = {p: f"inner.{rest}.weight".replace("..", ".") for p, rest in mine.items()}
-    packed = {name: pack_constants(view.weight(p).detach(), view.grids[p]) for p, name in names.items()}
+    packed = {name: pack_constants(view.weight(p).detach(), grids[p]) for p, name in names.items()}
     counts = compress_constants(graph, packed, view.storage_dtype)
     counts.static = sum(node.get_type_name() == "FakeQuantize" for node in graph.get_ops())
     kinds = {p: activation.kind for p, activation in view.activations.items() if p in names}

@@ -15,10 +15,15 @@ from torch import Tensor
 from svlm.compress.anatomy import ModelView, view_of
 from svlm.compress.base import Context, Notes, evaluating
 from svlm.compress.errors import PromiseBroken, Unmet, WorkFailed
+from svlm.compress.ledger import Record
+from svlm.compress.pipeline import apply_pass, ask_promises
 from svlm.compress.runtime.grid import Grid
-from svlm.passes.distill._losses import answer_positions, forward_kl
-from svlm.passes.distill._train import Teacher, answer_logits
+from svlm.passes import find
+from svlm.passes.distill import _losses
+from svlm.passes.distill._losses import answer_positions
+from svlm.passes.distill._observe import Teacher, answer_logits
 from svlm.passes.distill.logits import Logits
+from svlm.passes.quantize.rtn import RTN
 from svlm.passes.tokens.dpp import DPP
 from tests import zoo
 
@@ -55,7 +60,7 @@ def distilled(step: Logits, student: ModelView, ctx: Context) -> Notes:
 
 def divergence(student: ModelView, teacher: ModelView, batch: Mapping[str, Tensor]) -> float:
     with torch.no_grad():
-        return float(forward_kl(answer_logits(student, batch), answer_logits(teacher, batch)))
+        return float(_losses.divergence(answer_logits(student, batch), answer_logits(teacher, batch)))
 
 
 @pytest.mark.parametrize(
@@ -97,6 +102,18 @@ def test_the_same_seed_gives_the_same_bits(train: Any) -> None:
     assert not all(torch.equal(v, other[k]) for k, v in first.items())
 
 
+@pytest.mark.parametrize("loss", ["reverse", "skewed", "skewed_reverse"])
+def test_every_loss_brings_the_answers_nearer(loss: Any) -> None:
+    student, teacher = pair()
+    batch = zoo.batch("llava")
+    before = divergence(student, teacher, batch)
+    numbers = distilled(replace(QUICK, loss=loss), student, context(teacher, [batch])).numbers
+    after = divergence(student, teacher, batch)
+    assert after < 0.7 * before and numbers["kl_best"] == pytest.approx(after, rel=1e-3), "judged by forward KL"
+    wanted = _losses.divergence(answer_logits(pair()[0], batch), answer_logits(teacher, batch), loss)
+    assert numbers["training_loss_first"] == pytest.approx(wanted.item(), rel=1e-4)
+
+
 def test_where_says_what_trains() -> None:
     def moved(**settings: Any) -> set[str]:
         student, teacher = pair()
@@ -112,6 +129,72 @@ def test_where_says_what_trains() -> None:
     assert all(".mlp." in name and "layers.1." in name for name in moved(where="language.blocks[1].mlp"))
     lora = moved(train="lora", where=("language",), lr=1e-2)
     assert lora and all("language_model" in name and name.endswith("proj.weight") for name in lora)
+
+
+def changed(student: ModelView, before: dict[str, Tensor]) -> set[str]:
+    return {k for k, v in student.model.named_parameters() if not torch.equal(v, before[k])}
+
+
+WITHOUT_CONNECTOR = ("florence-2", "trocr", "donut")
+
+
+@pytest.mark.parametrize("family", zoo.FAMILIES)
+def test_the_connector_trains_alone(family: str) -> None:
+    student, teacher = pair(family)
+    batch, step = zoo.batch(family), Logits(steps=3, lr=1e-2, batch_size=2, train="connector")
+    if "connector" not in student.parts:
+        assert family in WITHOUT_CONNECTOR
+        with pytest.raises(Unmet, match="no connector"):
+            step.requires(student, context(teacher, [batch]))
+        return
+    before = {k: v.clone() for k, v in student.model.named_parameters()}
+    notes = distilled(step, student, context(teacher, [batch]))
+    inside = [f"{unit.path}." for unit in student.parts["connector"]]
+    moved = changed(student, before)
+    assert moved and all(any(name.startswith(path) for path in inside) for name in moved)
+    assert notes.numbers["trained_parameters"] == sum(
+        v.numel() for k, v in before.items() if any(k.startswith(path) for path in inside)
+    )
+
+
+@pytest.mark.parametrize("family", zoo.FAMILIES)
+def test_norms_train_alone(family: str) -> None:
+    student, teacher = pair(family)
+    before = {k: v.clone() for k, v in student.model.named_parameters()}
+    step = replace(QUICK, steps=4, train="norms", where="language", lr=1e-2)
+    notes = distilled(step, student, context(teacher, [zoo.batch(family)]))
+    moved = changed(student, before)
+    inside = [f"{unit.path}." for unit in student.parts["language"]]
+    assert notes.numbers["best_step"] > 0 and any("norm" in name for name in moved)
+    assert all(before[name].ndim == 1 and any(name.startswith(path) for path in inside) for name in moved)
+    norms = {ref.norm for unit in student.parts["language"] for ref in unit.linears} - {None}
+    assert {f"{norm}.weight" for norm in norms} <= moved, "every norm that the anatomy knows"
+
+
+def test_promised_zeros_stay() -> None:
+    student, teacher = pair()
+    paths = [ref.path for ref in student.linears("language.mlp")]
+    for path in paths:
+        weight = student.linear(path).module.weight
+        weight.data.masked_fill_(weight.abs() < weight.abs().median(), 0)
+    gone = {path: student.linear(path).module.weight == 0 for path in paths}
+    student.ledger._records.append(Record("prune.wanda", {}, {"promised_zeros": dict.fromkeys(paths, 0.5)}))
+    ctx = context(teacher, [zoo.batch("llava")])
+    with pytest.raises(Unmet, match="fill the zeros"):
+        replace(QUICK, train="lora", where="language").requires(student, ctx)
+    assert distilled(replace(QUICK, weight_decay=0.1), student, ctx).numbers["best_step"] > 0
+    assert all(torch.equal(student.linear(path).module.weight == 0, zeros) for path, zeros in gone.items())
+    assert not any(p._backward_hooks for p in student.model.parameters())
+
+
+def test_norms_of_quantized_blocks_may_train() -> None:
+    student, teacher = pair()
+    ctx = context(teacher, [zoo.batch("llava")])
+    apply_pass(RTN(bits=4, group=-1, where=("language",), search="none"), student, ctx)
+    with pytest.raises(Unmet, match="off their grid"):
+        replace(QUICK, train="lora").requires(student, ctx)
+    apply_pass(replace(QUICK, train="norms", lr=1e-2), student, ctx)
+    assert ask_promises(student, find) == (["quantize.rtn", "distill.logits"], None)
 
 
 def test_answer_logits_are_those_of_the_whole_forward() -> None:
@@ -160,8 +243,8 @@ def test_recovery_data_are_used_and_validated_on_the_fit_split() -> None:
     student, teacher = pair()
     asked: list[int] = []
 
-    def recovery(size: int) -> Iterator[Mapping[str, Tensor]]:
-        for seed in range(3):  # ends; the pass asks again
+    def recovery(size: int, start: int) -> Iterator[Mapping[str, Tensor]]:
+        for seed in range(start, 3):  # ends; the pass asks again
             asked.append(size)
             yield zoo.batch("llava", size, seed)
 
@@ -174,7 +257,23 @@ def test_recovery_data_are_used_and_validated_on_the_fit_split() -> None:
     with pytest.raises(Unmet, match="no recovery data"):
         replace(QUICK, data="recovery").requires(student, context(teacher, fit))
     with pytest.raises(WorkFailed, match="no samples"):
-        replace(QUICK, data="recovery").apply(student, context(teacher, fit, lambda size: iter(())))
+        replace(QUICK, data="recovery").apply(student, context(teacher, fit, lambda size, start: iter(())))
+
+
+def test_other_data_are_named_in_data() -> None:
+    student, teacher = pair()
+    fit, asked = [zoo.batch("llava", 2, seed=9)], []
+
+    def source(spec: str) -> Any:
+        asked.append(spec)
+        return lambda size, start: (zoo.batch("llava", size, seed) for seed in range(start, 3))
+
+    step = replace(QUICK, data="more.jsonl")
+    ctx = replace(context(teacher, fit, lambda size, start: iter(())), source=source)
+    numbers = distilled(step, student, ctx).numbers
+    assert numbers["data"] == "more.jsonl" and set(asked) == {"more.jsonl"} and numbers["best_step"] > 0
+    with pytest.raises(Unmet, match="cannot read other data"):
+        step.requires(student, context(teacher, fit))
 
 
 def test_gridded_weights_and_tied_heads_are_refused() -> None:
@@ -210,8 +309,8 @@ def test_the_teacher_answers_a_batch_that_comes_again_once(monkeypatch: pytest.M
     calls: list[int] = []
     handle = view.model.register_forward_pre_hook(lambda *_: calls.append(1))
     teacher = Teacher(view, [batch])
-    assert torch.equal(teacher(batch), teacher(batch)) and len(calls) == 1
-    assert torch.equal(teacher(fresh), teacher(fresh)) and len(calls) == 3
+    assert teacher(batch) is teacher(batch) and len(calls) == 1
+    assert torch.equal(teacher(fresh).logits, teacher(fresh).logits) and len(calls) == 3
     handle.remove()
 
 
@@ -226,11 +325,20 @@ def test_weights_that_are_not_finite_break_the_promise() -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"steps": 0}, {"lr": 0.0}, {"temperature": -1.0}, {"warmup": 2.0}, {"lora_rank": 0}]
+    "settings", [{"steps": 0}, {"lr": 0.0}, {"temperature": -1.0}, {"warmup": 2.0}, {"lora_rank": 0}, {"skew": 0.0}]
 )
 def test_impossible_settings(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError):
         Logits(**settings)
+
+
+def test_a_connector_needs_no_where_and_another_vocabulary_is_refused() -> None:
+    with pytest.raises(ValueError, match="leave 'where' out"):
+        Logits(train="connector", where="language")
+    student, teacher = pair()
+    student.model.lm_head.out_features = 90
+    with pytest.raises(Unmet, match="different vocabularies"):
+        QUICK.requires(student, context(teacher, [zoo.batch("llava")]))
 
 
 def test_the_rehearsal_is_brief() -> None:

@@ -7,7 +7,7 @@ import torch
 import transformers as tf
 
 from svlm.compress.anatomy import AttentionGeometry, MlpGeometry, view_of
-from svlm.passes.prune._groups import Target, attention_of, cut, head_group, mlp_group, mlp_of, traced
+from svlm.passes.prune._groups import Target, attention_of, cut, head_group, mlp_group, mlp_of, tensors_of, traced
 from tests import zoo
 
 
@@ -49,7 +49,7 @@ def test_fused_linears_are_cut_in_every_part() -> None:
         out[:, 2 * attention.head_dim :] = 0
         wanted = model(**batch).logits
         keep = mlp_group(mlp, range(1, mlp.width, 2)) | head_group(attention, [0, 1])
-        cut(model, keep)
+        cut(model, tensors_of(keep, model.state_dict()))
         module = model.get_submodule(attention.module)
         rows = model.get_submodule(attention.qkv).weight
         assert rows.shape == (4 * attention.head_dim, 32) and model.get_submodule(mlp.up).weight.shape == (48, 32)

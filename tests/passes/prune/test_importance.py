@@ -41,7 +41,7 @@ def test_taylor_is_the_derivative_along_the_channels_output() -> None:
     gate = torch.ones(6, requires_grad=True)
     loss = ((x * gate) @ weight.T).tanh().sum()
     g_weight, g_gate = torch.autograd.grad(loss, [weight, gate])
-    torch.testing.assert_close(taylor(weight, [g_weight], 6).float(), g_gate.abs())
+    torch.testing.assert_close(taylor([(weight, g_weight)], 6).float(), g_gate.abs())
 
 
 @pytest.mark.parametrize(

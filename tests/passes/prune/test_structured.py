@@ -148,6 +148,52 @@ def test_heads_that_no_stock_config_can_express_are_refused_untouched(family: st
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
+TIED = ("qwen2-vl", "qwen2.5-vl", "blip-2", "florence-2", "trocr")  # hidden width and heads go together
+
+
+@everywhere
+def test_a_quarter_of_mlp_and_heads_and_stock_transformers_reloads(family: str, tmp_path: Path) -> None:
+    """Of T5's position bias and Donut's joined widths no config says fewer heads: their MLPs alone."""
+    model, batch = zoo.build(family)
+    view = view_of(model)
+    quarter = Structured(ratio=0.25, multiple=4, what=("mlp", "heads", "hidden")[: 2 + (family in TIED)])
+    if family in ("blip-2-t5", "donut"):
+        with pytest.raises(Unmet, match="no stock config"):
+            quarter.requires(view, context(view, batch))
+        quarter = replace(quarter, what=("mlp",))
+    notes = pruned(quarter, view, batch)
+    assert notes.numbers["mlp_width"] == [36]
+    if "heads" in quarter.what:
+        share = 4 // notes.numbers["kv_heads_before"][0]
+        assert notes.numbers["query_heads"] == [4 - share], "a whole group"
+    assert torch.equal(logits(reloaded(view, tmp_path), batch), logits(view, batch))
+
+
+@pytest.mark.parametrize("family", ["blip-2", "blip-2-t5"])
+def test_connectors_that_are_stacks_are_pruned(family: str, tmp_path: Path) -> None:
+    model, batch = zoo.build(family)
+    view = view_of(model)
+    pruned(replace(SMALL, where="connector"), view, batch)
+    assert {mlp_of(unit).width for unit in view.parts["connector"] if unit.mlp} == {20}
+    assert torch.equal(logits(reloaded(view, tmp_path), batch), logits(view, batch))
+
+
+def test_a_pooling_head_that_nothing_reads_follows_the_tower(tmp_path: Path) -> None:
+    model, batch = zoo.build("llava-onevision")
+    view = view_of(model)
+    notes = pruned(replace(SMALL, where="vision"), view, batch)
+    assert notes.numbers["idle_dimensions"] == 3
+    assert torch.equal(logits(reloaded(view, tmp_path), batch), logits(view, batch))
+
+
+def test_vision_heads_go_alone_where_the_config_says_their_width(tmp_path: Path) -> None:
+    model, batch = zoo.build("trocr")
+    view = view_of(model)
+    pruned(replace(SMALL, where="vision", what=("heads",)), view, batch)
+    assert {attention_of(unit).n_heads for unit in view.parts["vision"]} == {1}
+    assert torch.equal(logits(reloaded(view, tmp_path), batch), logits(view, batch))
+
+
 @pytest.mark.parametrize("family", ["llava", "gemma3", "smolvlm", "qwen2.5-vl", "internvl", "qwen3-vl"])
 def test_vision_towers_are_pruned_where_their_config_says_the_width(family: str, tmp_path: Path) -> None:
     model, batch = zoo.build(family)
@@ -321,7 +367,7 @@ def test_refusals_name_what_to_change() -> None:
 
 
 def test_an_anatomy_that_forgets_a_consumer_is_caught_by_the_trace(monkeypatch: pytest.MonkeyPatch) -> None:
-    from svlm.passes.prune import _groups
+    from svlm.passes.prune import _groups, _plan
 
     model, batch = zoo.build("llava")
     view = view_of(model)
@@ -331,9 +377,9 @@ def test_an_anatomy_that_forgets_a_consumer_is_caught_by_the_trace(monkeypatch: 
         return {k: v for k, v in honest(mlp, chosen).items() if k[0] != mlp.gate}
 
     before = [p.shape for p in model.parameters()]
-    monkeypatch.setattr(_groups, "mlp_group", forgetful)
+    monkeypatch.setattr(_plan, "mlp_group", forgetful)
     with pytest.raises(WorkFailed, match="disagree"):
-        SMALL._held_against_trace(view, context(view, batch), SMALL._targets(view))
+        SMALL.apply(view, context(view, batch))
     assert [p.shape for p in model.parameters()] == before
 
 
