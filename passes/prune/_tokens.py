@@ -164,7 +164,7 @@ def trim(view: ModelView, wanted: Iterable[int], rows: int, texts: Sequence[str]
         Unmet: a smaller tokenizer cannot be made of this one, or reads texts otherwise.
     """
     before = backend(view.processor)
-    spec = spec_of(before)
+    spec = spec_of(view.processor.tokenizer.backend_tokenizer)  # with its padding and truncation
     names = {i: token for token, i in everything(spec).items()}
     own = before.decode_batch([[i] for i in names], skip_special_tokens=False)
     tried = list(dict.fromkeys(text for text in (*texts, *own) if text))

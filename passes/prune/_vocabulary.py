@@ -27,7 +27,11 @@ from typing import Any
 Spec = dict[str, Any]  # a parsed tokenizer.json
 KINDS = ("BPE", "Unigram", "WordPiece")
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
-SCRIPTS = {"cjk": "han", "ideographic": "han"}  # first words of Unicode names that are not the script's
+SCRIPTS = {
+    "cjk": "han",
+    "ideographic": "han",
+    "katakana-hiragana": "katakana",
+}  # first words of Unicode names that are not the script's
 
 
 def obstacle(spec: Spec) -> str:

@@ -79,6 +79,18 @@ def test_parts_of_kept_merges_stay_and_lost_results_take_their_merges_along() ->
     assert closed(spec, []) == {0, 1, 2}, "characters alone"
 
 
+def test_what_is_unknown_to_unigram_goes_on_costing_the_same() -> None:
+    """Z is no piece. Were the least score a higher one, Z as an unknown would be cheaper than the two rare pieces."""
+    pieces = [("?", 0.0), ("x", -14.0), ("xa", -0.1), ("aZ", -14.0), ("b", -0.1), ("rare", -30.0)]
+    core = tk.Tokenizer(tk.models.Unigram(pieces, unk_id=0))
+    assert core.encode("xaZb").tokens == ["x", "aZ", "b"]
+    small, number = cut(core, {1, 2, 3, 4})
+    assert small.encode("xaZb").tokens == ["x", "aZ", "b"] and {0, 5} <= number.keys()
+    spec = json.loads(core.to_str())
+    alone = tk.Tokenizer.from_str(json.dumps(trimmed(spec, {0, 1, 2, 3, 4}, lambda i: i)))
+    assert alone.encode("xaZb").tokens == ["xa", "Z", "b"], "without the rarest piece"
+
+
 def test_a_token_that_smaller_ones_cannot_spell_stays() -> None:
     vocab = {t: i for i, t in enumerate(["[UNK]", "a", "##a", "b", "ab", "aa", "##ba"])}
     spec = {"model": {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##", "vocab": vocab}}
