@@ -28,7 +28,7 @@ from svlm.compress.recipe import Recipe
 from svlm.passes.api import Options, compress_model, read_recipe
 
 BOTH = ["vision", "language"]
-HEAL: dict[str, Any] = {"steps": 400, "lr": 3.0e-4, "train": "full"}
+HEAL: dict[str, Any] = {"steps": 300, "lr": 5.0e-4, "train": "full"}
 
 
 def cut(ratio: float, heads: float, steps: int) -> list[Any]:
@@ -44,8 +44,8 @@ def blocks(criterion: str) -> list[Any]:
 
 
 CASES: dict[str, list[Any] | None] = {  # None: a recipe that ships
-    "cut-30": cut(0.42, 0, 400),
-    "cut-50": cut(0.62, 0.33, 800),
+    "cut-30": cut(0.42, 0, 300),
+    "cut-50": cut(0.62, 0.33, 600),
     "blocks-kl": blocks("kl"),
     "blocks-influence": blocks("influence"),
     "blocks-random": blocks("random"),
