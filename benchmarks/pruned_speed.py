@@ -113,8 +113,8 @@ def main() -> None:
             write_json(o.json, made)
             for way, row in made[name].items():
                 print(
-                    f"{name:14} {way:26} {row['first_token_cpu_ms']:8.1f} ms of CPU  {row['times_faster']:.2f} times faster "
-                    f"with {row['fewer_flops']:.2f} times fewer FLOPs: {row['pays']:.2f}",
+                    f"{name:14} {way:24} {row['first_token_cpu_ms']:8.1f} ms of CPU, {row['times_faster']:.2f} times "
+                    f"faster with {row['fewer_flops']:.2f} times fewer FLOPs: {row['pays']:.2f}",
                     flush=True,
                 )
 
