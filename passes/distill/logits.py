@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ._mapping import Mapped
     from ._observe import Batch, Seen
 
-VALIDATION = 64  # samples of the fit split that recovery data are validated on
+VALIDATION = 256  # samples of the fit split that recovery data are validated on
 
 
 @dataclass(frozen=True)
