@@ -100,6 +100,10 @@ class CalibrationSet:
         Raises:
             DataError: nothing of that name, or what is there cannot be read. A broken picture when it is its turn.
         """
+        if not str(spec).strip():
+            raise DataError(
+                "data: names nothing", found=repr(spec), change="a file, a folder, a hub id, fit or recovery"
+            )
         source = sources.read(spec, fit=1, check=1, seed=seed)
         if source.recovery is not None:
             return source.recovery

@@ -14,6 +14,7 @@ saved with the model (`Notes.record`); what *happened* lives in the report (`Not
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -98,6 +99,7 @@ class Pass:
     summary: ClassVar[str] = ""
     paper: ClassVar[str] = ""
     needs_data: ClassVar[bool] = True
+    removes_blocks: ClassVar[bool] = False
 
     def requires(self, model: ModelView, ctx: Context) -> None:
         """Raise `Unmet` if this pass cannot do its work on `model`; touches nothing."""
@@ -176,7 +178,7 @@ def _fit_type(value: Any, hint: Any, key: str, place: str) -> Any:
         if value is None:
             return None
         raise wrong
-    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
         return float(value)
     if hint in (int, str, bool) and type(value) is hint:
         return value
@@ -191,7 +193,7 @@ def _spell(hint: Any) -> str:
         return f"a list (each {_spell(args[0])})"
     if origin in (typing.Union, types.UnionType):
         return " or ".join(_spell(a) for a in args)
-    return {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}.get(hint, "null")
+    return {str: "a text", int: "a whole number", float: "a finite number", bool: "true or false"}.get(hint, "null")
 
 
 @contextmanager

@@ -71,7 +71,7 @@ def rehearse(recipe: Recipe, original: ModelView, bench: Bench, find: Finder, op
         UsageError: a pass's `requires` does not hold, or its selector matches nothing.
         WorkFailed: a pass, the saving or the loading fails.
     """
-    view = shrunken(original, bench) if "blocks[" not in str(recipe.to_json()) else _copy(original)
+    view = _copy(original) if needs_all_blocks(recipe) else shrunken(original, bench)
     teacher = _copy(view)
     for index, step in enumerate(recipe.steps, start=1):
         where = f"step {index} ({step.step.name}), rehearsed on two samples"
@@ -89,6 +89,12 @@ def rehearse(recipe: Recipe, original: ModelView, bench: Bench, find: Finder, op
         after = bench.probe(load_model(Path(folder) / "model", find=find, **options))["logits"]
     if before.shape != after.shape or not torch.allclose(before, after, rtol=1e-3, atol=1e-3):
         raise WorkFailed("the rehearsed model does not load back equal", where="rehearsal on a shrunken copy")
+
+
+def needs_all_blocks(recipe: Recipe) -> bool:
+    """Whether two blocks a stack would not do: a pass takes blocks out, or a selector names some by number or path."""
+    text = str(recipe.to_json())
+    return "blocks[" in text or "*" in text or any(step.step.removes_blocks for step in recipe.steps)
 
 
 def shrunken(original: ModelView, bench: Bench) -> ModelView:

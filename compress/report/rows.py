@@ -33,7 +33,8 @@ def stage_rows(report: Mapping[str, Any]) -> list[Row]:
 
     Returns:
         Rows with index, pass, settings, verdict, in_effect, says, max_drop, the keys of `quality_row`, bytes, ratio
-        (original / this), parameters, visual_tokens, flops and latency_ms (vision + prefill), decode_ms, seconds.
+        (original / this), parameters, visual_tokens, flops and latency_ms (vision + prefill), decode_ms, seconds,
+        remarks.
     """
     stages = report["stages"]
     original = (stages[0].get("cost") or {}).get("bytes") if stages else None
@@ -80,6 +81,7 @@ def _stage_row(stage: Mapping[str, Any], original: float | None) -> Row:
         "latency_ms": _sum(latency, "vision", "prefill"),
         "decode_ms": latency.get("decode_per_token"),
         "seconds": stage.get("seconds"),
+        "remarks": list((stage.get("notes") or {}).get("remarks") or []),
     }
 
 
@@ -132,6 +134,7 @@ def headline(report: Mapping[str, Any]) -> list[str]:
         worse, better = _answers(last["right_to_wrong"]), last["wrong_to_right"]
         sentences.append(f"{worse} went from right to wrong, {better} from wrong to right.")
     sentences += [_retried(stage) for stage in report["stages"] if stage.get("tries")]
+    sentences += [f"Stage {row['index']}, {row['pass']}: {remark}" for row in rows for remark in row["remarks"]]
     if stop is not None:
         because = f": {stop['says']}" if stop["says"] else ""
         held = "the original" if last["index"] == 0 else f"the result of stage {last['index']} ({last['pass']})"

@@ -117,3 +117,13 @@ class Distill(Pass):
             "training_loss_last": course.losses[-1],
             "course": {str(step): loss for step, loss in course.checks.items()},
         }
+
+
+def remarks(course: Course) -> list[str]:
+    """What a reader of the report has to know beside the figures."""
+    said = []
+    if course.diverged_at is not None:
+        said.append(f"training diverged at step {course.diverged_at} and was ended; a lower lr may help")
+    if course.best[0] == 0:
+        said.append("training made nothing better: the weights are those from before")
+    return said

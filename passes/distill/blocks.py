@@ -148,12 +148,17 @@ def _lost(unit: WalkUnit, part: Part) -> Tensor:
 def _numbers(units: dict[str, dict[str, Json]]) -> dict[str, Json]:
     rows = [notes for notes in units.values() if "best" in notes]
     reasons = [notes["why"] for notes in units.values() if "why" in notes]
+    diverged, unmoved = sum(r["diverged_at"] is not None for r in rows), sum(r["best_step"] == 0 for r in rows)
+    remarks = [f"training diverged in {diverged} of {len(rows)} blocks; a lower lr may help"] if diverged else []
+    remarks += [f"{unmoved} of {len(rows)} blocks are as they were: training made nothing better"] if unmoved else []
+    remarks += [] if rows else [f"no block was trained: {', '.join(sorted(set(reasons)))}"]
     return {
+        "remarks": remarks,
         "blocks": len(units),
         "blocks_trained": len(rows),
         "blocks_left_alone": {why: reasons.count(why) for why in sorted(set(reasons))},
-        "blocks_kept_at_start": sum(row["best_step"] == 0 for row in rows),
-        "blocks_diverged": sum(row["diverged_at"] is not None for row in rows),
+        "blocks_kept_at_start": unmoved,
+        "blocks_diverged": diverged,
         "batches_not_split": sum(notes["whole_batches"] for notes in units.values()),
         "mean_loss_left": sum(row["best"] / row["first"] for row in rows) / len(rows) if rows else 1.0,
         "trained_parameters": sum(row["parameters"] for row in rows),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ...compress.base import Batches, Context, Json, Notes, evaluating
 from ...compress.errors import Unmet
-from ._common import Distill
+from ._common import Distill, remarks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -112,7 +112,7 @@ class Logits(Distill):
                 f"{self.name} cannot compare distributions over different vocabularies",
                 where="head",
                 found=f"{mine} words here, {wanted} in the original",
-                change="distil before the vocabulary is cut",
+                change="lend the original with the same words, as svlm.Workbench does",
             )
 
     def apply(self, model: ModelView, ctx: Context) -> Notes:
@@ -164,7 +164,7 @@ class Logits(Distill):
         if watched:
             numbers["units_compared"] = len(watched)
             numbers["units_renumbered"] = sum(unit.here.name != unit.there.name for unit in watched)
-        return Notes(used | numbers | self.numbers(course), {})
+        return Notes(used | numbers | self.numbers(course) | {"remarks": remarks(course)}, {})
 
     def watched(self, model: ModelView, original: ModelView) -> list[Mapped]:
         """The units whose hidden states the loss compares."""

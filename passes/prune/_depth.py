@@ -84,8 +84,11 @@ def without(model: Any, positions: Positions) -> Removal:
                 config, built = edited, attempt
                 break
         else:
+            uneven = shapes_of(blueprint(model, copy.deepcopy(model.config))) != shapes_of(model)
             raise Unmet(
-                "no stock config expresses the model without this block, so `from_pretrained` could not load it",
+                "its blocks have different widths (allocation: global), put prune.layers before that pass"
+                if uneven
+                else "no stock config expresses the model without this block, so `from_pretrained` could not load it",
                 where=", ".join(f"{path}.{i}" for i in removed),
                 change="select other blocks, or fewer",
             )

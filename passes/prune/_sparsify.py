@@ -48,6 +48,14 @@ class Sparsify(Pass):
         check_linears(self, model, refs)
         check_data(self, ctx)
         pattern = pattern_of(self.pattern)
+        if not pattern and all(int(self.sparsity * ref.module.in_features) == 0 for ref in refs):
+            widest = max(ref.module.in_features for ref in refs)
+            raise Unmet(
+                f"{self.name}: a sparsity of {self.sparsity} rounds to nothing",
+                where=f"where: {self.where}",
+                found=f"rows of at most {widest} weights",
+                change="a larger sparsity",
+            )
         odd = [ref for ref in refs if pattern and ref.module.in_features % pattern[1]]
         if odd:
             raise Unmet(

@@ -42,6 +42,8 @@ class Layers(Pass):
     summary: ClassVar[str] = "shallower: fewer blocks, chosen by what the answers lose without them"
     paper: ClassVar[str] = "ShortGPT, arXiv 2403.03853 (influence); greedy KL as in ShortV, arXiv 2504.00502"
 
+    removes_blocks: ClassVar[bool] = True
+
     count: int = 1
     where: tuple[str, ...] | str = ("language",)
     criterion: Literal["kl", "influence", "random"] = "kl"
@@ -124,7 +126,8 @@ class Layers(Pass):
         return replace(self, count=self.count - 1) if self.count > 1 else None
 
     def brief(self) -> Self:
-        return replace(self, samples=min(self.samples, 2))
+        """Some blocks, whichever: scoring them all would take the time of the pass itself."""
+        return replace(self, criterion="random")
 
     # -- inside --------------------------------------------------------------------------------------------------------
 

@@ -21,9 +21,9 @@ class SparseGPT(Sparsify):
     """Set weights to zero column by column, by what a zero costs after the columns to come have made up for it.
 
     Blocks are walked in forward order, and inside a block each stage sees what the pruned ones before it produce. Zeros
-    that an earlier pass promised stay. Later quantizing passes keep the zeros; training does not. Zeros save no bytes
-    where weights are stored densely, as they are here, and no time without kernels that skip them: 2:4 is what GPUs
-    have such kernels for.
+    that an earlier pass promised stay. Later quantizing passes keep the zeros, and so does training (LoRA refuses).
+    Zeros save no bytes where weights are stored densely, as they are here, and no time without kernels that skip them:
+    2:4 is what GPUs have such kernels for.
 
     Settings:
         sparsity: share of a linear's weights that become zero, in (0, 1), the same in every block of columns.

@@ -66,6 +66,10 @@ class Vocabulary(Pass):
         rows = table_rows(model.model)
         find_cut(model, sorted(i for i in named_ids(model.model) if i < rows))
 
+    def brief(self) -> Self:
+        """What occurs once is needed: on the few samples of a rehearsal little occurs more often."""
+        return replace(self, least=1)
+
     def apply(self, model: ModelView, ctx: Context) -> Notes:
         from ...compress.vocabulary import find_cut, narrow, ranges, table_rows
 

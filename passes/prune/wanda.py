@@ -20,8 +20,8 @@ class Wanda(Sparsify):
     """Set to zero the weights of every output row with the smallest ``|w_ij| ||X_j||``; the others stay as they are.
 
     Blocks are walked in forward order, and inside a block each stage sees what the pruned ones before it produce. Later
-    quantizing passes keep the zeros; training does not. Zeros save no bytes where weights are stored densely, as they
-    are here, and no time without kernels that skip them: 2:4 is what GPUs have such kernels for.
+    quantizing passes keep the zeros, and so does training (LoRA refuses). Zeros save no bytes where weights are stored
+    densely, as they are here, and no time without kernels that skip them: 2:4 is what GPUs have such kernels for.
 
     Settings:
         sparsity: share of the weights of a row that become zero, in (0, 1).

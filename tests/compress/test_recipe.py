@@ -47,6 +47,8 @@ def test_a_step_without_a_gate_takes_the_default_and_null_means_none():
         ({"passes": [{"quantize.gptq": {"bits": True}}]}, "wrong kind"),
         ({"passes": [{"quantize.gptq": {"where": 3}}]}, r"give a list \(each a text\) or a text"),
         ({"passes": [{"prune.structured": {"what": "mlpp"}}]}, "one of mlp, heads"),
+        ({"passes": [{"distill.logits": {"lr": float("inf")}}]}, "finite"),
+        ({"passes": [{"distill.features": {"weight": float("nan")}}]}, "finite"),
         ({"passes": [{"quantize.gptq": [4]}]}, "mapping"),
         ({"passes": [{"quantize.gptq": {}, "quantize.rtn": {}}]}, "one pass"),
         ({"passes": [{"gate": None}]}, "one pass"),

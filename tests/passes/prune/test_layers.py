@@ -22,6 +22,8 @@ from svlm.compress.anatomy import ModelView, view_of
 from svlm.compress.base import Context, evaluating
 from svlm.compress.errors import PromiseBroken, Unmet
 from svlm.compress.pipeline import apply_pass, ask_promises
+from svlm.compress.preflight import needs_all_blocks
+from svlm.compress.recipe import Recipe
 from svlm.passes.prune.layers import FILE, Layers
 from svlm.passes.quantize.rtn import RTN
 from tests import zoo
@@ -239,3 +241,13 @@ def test_refusals_and_the_promise() -> None:
     layers.append(copy.deepcopy(layers[0]))
     with pytest.raises(PromiseBroken, match="3, at most 2"):
         step.ensures(view)
+
+
+def test_a_rehearsal_has_all_the_blocks_where_two_would_not_do() -> None:
+    for row in (
+        {"prune.layers": {}},
+        {"quantize.rtn": {"where": "*.layers.3.*"}},
+        {"quantize.rtn": {"where": "vision.blocks[3]"}},
+    ):
+        assert needs_all_blocks(Recipe.from_json({"passes": [{"repeat": {"times": 2, "passes": [row]}}]}, passes.find))
+    assert not needs_all_blocks(Recipe.from_json({"passes": ["quantize.gptq", "prune.structured"]}, passes.find))
