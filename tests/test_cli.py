@@ -121,8 +121,9 @@ def test_the_shipped_recipes_are_recipes(name: str) -> None:
     assert {"calibration", "gate", "passes"} == set(yaml.safe_load(text))
 
 
-def test_exactly_four_recipes_ship() -> None:
-    assert sorted(SHIPPED) == ["default", "int4", "tiny", "tokens-half"]
+def test_exactly_these_recipes_ship() -> None:
+    orders = ["prune-distil-quantize", "quantize-prune-distil"]
+    assert sorted(SHIPPED) == sorted(["default", "int4", "small", "tiny", "tokens-half", *orders])
 
 
 WRONG = [
