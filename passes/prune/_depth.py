@@ -19,7 +19,7 @@ from ...compress.anatomy import ModelView, Unit
 from ...compress.base import Json
 from ...compress.blueprint import Shapes, blueprint, config_tree, shapes_of
 from ...compress.errors import Unmet
-from ._shapes import edit
+from ._shapes import differing, edit
 
 COUNT_KEYS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers", "depth")
 BLOCK_KEYS = ("fullatt_block_indexes", "deepstack_visual_indexes")  # numbers of blocks
@@ -202,10 +202,8 @@ def take_out(model: Any, removal: Removal) -> Callable[[], None]:
         for key, value in vars(other).items():
             own = vars(mine).get(key)
             if key == "config" and own is not None:
-                for (_, here), (_, there) in zip(config_tree(own), config_tree(value), strict=True):
-                    for setting in keys & vars(there).keys():
-                        if vars(here).get(setting) != vars(there)[setting]:
-                            put(here, setting, vars(there)[setting])
+                for part, setting, wanted in differing(own, value, keys):
+                    put(part, setting, wanted)
             elif _counts(value) and type(own) is type(value) and own != value:
                 put(mine, key, value)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -54,7 +54,8 @@ def take_on(model: Any, built: nn.Module, edits: Mapping[str, Any]) -> dict[str,
         for key, value in vars(other).items():
             own = vars(mine).get(key)
             if key == "config" and own is not None:
-                _same_values(own, value, keys)
+                for part, setting, wanted in differing(own, value, keys):
+                    setattr(part, setting, wanted)
             elif _is_size(value) and type(own) is type(value) and own != value:
                 setattr(mine, key, value)
             elif type(value) is float and type(own) is float and own != value:
@@ -87,9 +88,9 @@ def _rescale(module: nn.Module, old: float, new: float) -> None:
             buffer.fill_(new)
 
 
-def _same_values(mine: Any, theirs: Any, keys: Iterable[str]) -> None:
-    """Widths, head counts and whatever was edited, of a module's own copy of its config."""
+def differing(mine: Any, theirs: Any, keys: Iterable[str]) -> Iterator[tuple[Any, str, Any]]:
+    """(part, key, value) for each of `keys` that two configs of a module, or their parts, do not say alike."""
     for (_, own), (_, other) in zip(config_tree(mine), config_tree(theirs), strict=True):
         for key in keys:
             if key in vars(other) and vars(own).get(key) != vars(other)[key]:
-                setattr(own, key, vars(other)[key])
+                yield own, key, vars(other)[key]
