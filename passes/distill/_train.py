@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 EXPLODED = 3.0  # times the loss of the first steps: diverged
+NEGLIGIBLE = 0.01  # a loss that small may rise threefold and means nothing
 SETTLED = 20  # the first steps
 CHECKS = 10  # validations in a run
 
@@ -112,7 +113,7 @@ def train(
         course.tokens += tokens
         course.smooth = value if step == 0 else 0.9 * course.smooth + 0.1 * value
         course.level = max(course.level, course.smooth) if step < settled else course.level
-        if not math.isfinite(value) or (step >= settled and course.smooth > EXPLODED * course.level):
+        if not math.isfinite(value) or (step >= settled and course.smooth > EXPLODED * max(course.level, NEGLIGIBLE)):
             course.diverged_at = step
             break
         loss.backward()
