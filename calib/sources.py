@@ -29,7 +29,7 @@ from .sample import ImageSource, Sample
 
 NAMES = ("demo", "demo:shifted", "easy-vqa")
 DEMO_QUESTIONS = 4  # of one scene
-RECOVERY_QUESTIONS = 2
+RECOVERY_QUESTIONS = 8
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<split>[\w.-]+))?")
 COLUMNS = {"question": ("question", "query"), "answer": ("answers", "answer", "caption", "text")}

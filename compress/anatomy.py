@@ -233,7 +233,12 @@ class ModelView:
             raise ModelError("the batch has no input_ids", found=", ".join(batch))
         ids = batch["input_ids"]
         mask = batch.get("attention_mask")
-        padding = torch.zeros_like(ids, dtype=torch.bool) if mask is None else mask == 0
+        if mask is None:
+            padding = torch.zeros_like(ids, dtype=torch.bool)
+        elif mask.ndim == 4:  # questions packed into one sequence (passes/distill/_pack.py): nobody else sees padding
+            padding = (mask.sum(2) <= 1)[:, 0] & (mask.sum(3) <= 1)[:, 0]
+        else:
+            padding = mask == 0
         vision = torch.isin(ids, torch.tensor(self._image_token_ids(), dtype=ids.dtype, device=ids.device)) & ~padding
         text = ~vision & ~padding
         labels = None if self.family.seq2seq else batch.get("labels")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, islice
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ...compress.base import Batches, Context, Json, Notes, evaluating
@@ -35,8 +37,10 @@ class Logits(Distill):
     Settings:
         steps: optimizer steps.
         lr: peak learning rate. About 1e-4 for ``full``; the others, which train less, want ten times as much.
-        batch_size: samples a step. Batches whose tensors cannot be split by sample (the patches of all images in one
-            tensor) are taken as the fit split gives them.
+        batch_size: samples a step. Neighbouring questions about one picture are packed into one sequence, in which
+            they do not see each other, where the model answers such a sequence as it answers them one by one (tried
+            before the first step): eight of them then cost little more than one. Batches whose tensors cannot be split
+            by sample (the patches of all images in one tensor) are taken as the fit split gives them.
         train: ``full``: all weights of the selected blocks, but zeros that an earlier pass promised. ``lora``: a
             low-rank update of each selected linear, merged at the end. ``scales``: of the selected linears that are
             quantized, the scales, as shares of themselves; the integers stay (EfficientQAT's second phase).
@@ -124,13 +128,13 @@ class Logits(Distill):
         from ._trained import training
 
         generator = torch.Generator().manual_seed(ctx.seed + self.seed)
-        feed, validation, again, used = self._data(model, ctx)
         linears, more = self.selected(model), self.bare(model)
         with (
             ctx.teacher() as original,
             evaluating(model.model),
             training(model, self.train, linears, more, self.lora_rank, generator) as trained,
         ):
+            feed, validation, again, used = self._data(model, original, ctx)
             watched = self.watched(model, original)
             visual = self.vision == "matched"
             teacher = Teacher(original, again, [unit.there for unit in watched], visual)
@@ -187,7 +191,9 @@ class Logits(Distill):
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
-    def _data(self, model: ModelView, ctx: Context) -> tuple[Feed[Batch], list[Batch], list[Batch], dict[str, Json]]:
+    def _data(
+        self, model: ModelView, original: ModelView, ctx: Context
+    ) -> tuple[Feed[Batch], list[Batch], list[Batch], dict[str, Json]]:
         """Training batches, validation batches, those that come more than once; for the notes, what they are."""
         from ._feed import Feed, epochs, held_out, split
         from ._observe import has_answer
@@ -199,13 +205,32 @@ class Logits(Distill):
         real, answers = (sum(int(t.sum()) for t in found) for found in zip(*((~m.padding, m.answer) for m in masks)))
         notes: dict[str, Json] = {"share_of_answer_tokens": round(answers / max(1, real), 4)}
         recovery = self._recovery(ctx)
+        first = [] if recovery is None else list(islice(recovery(self.batch_size, 0), 1))
+        pack, notes["packed"] = self._packing(model, original, [*fit, *first])
         if recovery is None:
-            learn, validation = held_out(fit)
+            again = [pack(batch) for batch in fit]
+            learn, validation = held_out(again)
             seed = ctx.seed + self.seed
-            return Feed(lambda start: epochs(learn, seed, start)), validation, fit, {"data": "fit"} | notes
-        known = fit[: max(1, VALIDATION // self.batch_size)]
-        feed = Feed(lambda start: recovery(self.batch_size, start), lambda batch: has_answer(model, batch))
+            return Feed(lambda start: epochs(learn, seed, start)), validation, again, {"data": "fit"} | notes
+        before = accumulate((len(batch["labels"]) for batch in fit), initial=0)
+        known = [pack(batch) for batch, samples in zip(fit, before) if samples < VALIDATION]
+        feed = Feed(lambda start: map(pack, recovery(self.batch_size, start)), lambda batch: has_answer(model, batch))
         return feed, known, known, {"data": "recovery" if self.data == "auto" else self.data} | notes
+
+    @staticmethod
+    def _packing(
+        model: ModelView, original: ModelView, batches: Sequence[Batch]
+    ) -> tuple[Callable[[Batch], Batch], str]:
+        """How a batch is laid out, and in words why so."""
+        from ._observe import answer_logits
+        from ._pack import agrees, packed
+
+        example = next((batch for batch in batches if packed(model, batch) is not batch), None)
+        if example is None:
+            return (lambda batch: batch), "no: no neighbouring questions about one picture"
+        if not agrees((model, original), example, answer_logits):
+            return (lambda batch: batch), "no: the model answers packed questions differently"
+        return (lambda batch: packed(model, batch)), "yes"
 
     def _recovery(self, ctx: Context) -> Batches | None:
         """Training batches that are not of the fit split; None where the fit split is trained on."""

@@ -251,7 +251,7 @@ def test_recovery_data_are_used_and_validated_on_the_fit_split() -> None:
     fit = [zoo.batch("llava", 2, seed=9)]
     before = divergence(student, teacher, fit[0])
     notes = distilled(replace(QUICK, data="recovery"), student, context(teacher, fit, recovery))
-    assert asked == [2] * 12 and notes.numbers["kl_first"] == pytest.approx(before, rel=1e-4)
+    assert asked == [2] * 13 and notes.numbers["kl_first"] == pytest.approx(before, rel=1e-4)
     assert notes.numbers["data"] == "recovery"
     assert distilled(replace(QUICK, data="auto"), student, context(teacher, fit)).numbers["data"] == "fit"
     with pytest.raises(Unmet, match="no recovery data"):
