@@ -124,8 +124,10 @@ class Structured(Pass):
         for target, some in zip(targets, scores.targets):
             if target.size < target.units:
                 cuts |= tensors_of(target.keep(_stay(target, some)), names)
+        channels: dict[str, list[int]] = {}
         for stream, some in zip(fit.streams, scores.streams):
-            cuts |= stream.cuts(best(some, stream.size))
+            channels[stream.part] = best(some, stream.size)
+            cuts |= stream.cuts(channels[stream.part])
         cuts |= {place: torch.arange(size) for place, size in fit.idle.items()}
         shifts = self._shifts(model, fit, targets, cuts, scores.means)
         cut(model.model, cuts)
@@ -136,6 +138,8 @@ class Structured(Pass):
         model.refresh()
         touched = [name.rpartition(".")[0] for name, _ in cuts]
         record: dict[str, Json] = {"shapes": dict(_weights(model, touched)), "config": fit.edits}
+        if channels:  # their numbers in the original: what `distill.features` compares
+            record["channels"] = _in_original(model, channels)
         if fit.built is None:
             before = {path: list(names[f"{path}.weight"]) for path in record["shapes"]}
             biases = [path for path in shifts if f"{path}.bias" not in names]
@@ -254,6 +258,14 @@ def _stay(target: Target, scores: Tensor) -> list[int]:
     if target.kind == "mlp":
         return best(scores, target.size)
     return best_heads(scores, target.attention.n_kv_heads, target.size, target.groups)
+
+
+def _in_original(model: ModelView, channels: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
+    """Numbers of channels as they were before any pass took some."""
+    before: dict[str, Sequence[int]] = {}
+    for entry in model.ledger:
+        before |= entry.record.get("channels", {})
+    return {part: [before[part][i] if part in before else i for i in kept] for part, kept in channels.items()}
 
 
 def _weights(model: ModelView, paths: Iterable[str]) -> Iterator[tuple[str, list[int]]]:

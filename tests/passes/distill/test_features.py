@@ -18,6 +18,7 @@ from svlm.passes.distill._mapping import Mapped, mapped
 from svlm.passes.distill._observe import Seen, observe
 from svlm.passes.distill._observe import pair as states_of
 from svlm.passes.distill.features import Features
+from svlm.passes.prune.structured import Structured
 from svlm.passes.tokens.dpp import DPP
 from tests import zoo
 from tests.oracles.distill import distance
@@ -130,6 +131,25 @@ def test_kept_channels_are_compared_and_other_widths_refused() -> None:
     here, there = Seen(torch.zeros(1), [[wide[..., [0, 5, 9]] + 1]]), Seen(torch.zeros(1), [[wide]])
     mine, theirs = states_of(student, batch, found, here, there, 0)
     torch.testing.assert_close(mine, theirs + 1)
+
+
+def test_heals_narrower_states_by_the_channels_that_stayed() -> None:
+    student, teacher = view_of(zoo.model("llava")), view_of(zoo.model("llava"))
+    batch = zoo.batch("llava")
+    for seed in (0, 1):  # twice: the second counts from what the first left
+        narrow = Structured(ratio=0.25, where="language", what=("hidden",), importance="random", multiple=4, seed=seed)
+        narrow.requires(student, context(teacher, [batch]))
+        student.ledger.add(narrow, narrow.apply(student, context(teacher, [batch])).record)
+    (unit,) = mapped(student, teacher, student.select("language.blocks[0]"), "x")
+    table, whole = student.table.module.weight, teacher.table.module.weight
+    assert unit.channels is not None and len(unit.channels) == table.shape[1] < 0.75 * whole.shape[1]
+    assert torch.equal(table, whole[:, list(unit.channels)])
+    before = divergence(student, teacher, batch)
+    numbers = distilled(QUICK, student, context(teacher, [batch])).numbers
+    assert (
+        numbers["units_compared"] == len(student.select("language"))
+        and divergence(student, teacher, batch) < 0.8 * before
+    )
 
 
 def test_padding_and_holes_do_not_count() -> None:
