@@ -31,8 +31,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration
 
+from ..muon import Muon
 from . import build, layout, outliers, scenes, stream
-from .muon import Muon
 
 
 class Heads(nn.Module):

@@ -25,6 +25,7 @@ class Distill(Pass):
     warmup: float = 0.1
     where: tuple[str, ...] | str | None = None
     weight_decay: float = 0.0
+    optimizer: Literal["adamw", "muon"] = "adamw"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -66,13 +67,14 @@ class Distill(Pass):
                 f"train: {self.train} of a head that shares its weight with the embedding would change both",
                 change="leave the head out of 'where', or train: full",
             )
-        filled = sparse(model, linears) if self.train == "lora" else []
+        culprit = "train: lora" if self.train == "lora" else "optimizer: muon" if self.optimizer == "muon" else ""
+        filled = sparse(model, linears) if culprit and self.train in ("full", "lora", "connector") else []
         if filled:
             raise Unmet(
-                "train: lora would fill the zeros that an earlier pass promised",
+                f"{culprit} would fill the zeros that an earlier pass promised",
                 where=filled[0].path,
                 found=f"{len(filled)} sparse linears among those to train",
-                change="train: full, which keeps them",
+                change="train: full with optimizer: adamw, which keeps them",
             )
         if not len(ctx.fit):
             raise Unmet(f"{self.name} needs fit samples to validate on", change="raise calibration: fit")
@@ -105,7 +107,7 @@ class Distill(Pass):
     def plan(self) -> Plan:
         from ._train import Plan
 
-        return Plan(self.steps, self.lr, self.warmup, self.weight_decay)
+        return Plan(self.steps, self.lr, self.warmup, self.weight_decay, self.optimizer)
 
     def numbers(self, course: Course) -> dict[str, Json]:
         """How training went."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from ...calib.muon import Muon
 from ...compress.errors import WorkFailed
 
 if TYPE_CHECKING:
@@ -34,12 +35,27 @@ def rate(step: int, steps: int, warmup: float) -> float:
 
 @dataclass(frozen=True)
 class Plan:
-    """How to train: AdamW's numbers and its schedule (see `rate`)."""
+    """How to train: the optimizer's numbers and its schedule (see `rate`)."""
 
     steps: int
     lr: float
     warmup: float
     weight_decay: float
+    optimizer: Literal["adamw", "muon"] = "adamw"
+
+    def optimizers(self, parameters: Sequence[nn.Parameter]) -> list[torch.optim.Optimizer]:
+        """AdamW of all `parameters`; or Muon of the matrices, and AdamW of the others at a tenth of its rate."""
+        decay = self.weight_decay
+        if self.optimizer == "adamw":
+            return [torch.optim.AdamW(parameters, lr=self.lr, weight_decay=decay)]
+        matrices = [p for p in parameters if p.ndim == 2]
+        others = [p for p in parameters if p.ndim != 2]
+        made: list[torch.optim.Optimizer] = []
+        if matrices:
+            made.append(Muon(matrices, lr=self.lr, weight_decay=decay))
+        if others:
+            made.append(torch.optim.AdamW(others, lr=0.1 * self.lr, weight_decay=decay))
+        return made
 
 
 @dataclass
@@ -86,9 +102,11 @@ def train(
         checkpoint: where a killed training goes on. Every step is a function of what is kept there: parameters,
             optimizer, best parameters, course, position in `feed`.
     """
-    optimizer = torch.optim.AdamW(parameters, lr=plan.lr, weight_decay=plan.weight_decay)
+    optimizers = plan.optimizers(parameters)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    peaks = [group["lr"] for group in groups]
     best = [p.detach().clone() for p in parameters]
-    course = _restore(checkpoint, parameters, best, optimizer, feed)
+    course = _restore(checkpoint, parameters, best, optimizers, feed)
 
     def check() -> float:
         with torch.no_grad():
@@ -104,8 +122,8 @@ def train(
     progress.step(done)
     for step in range(done, plan.steps):
         batch = next(feed)
-        for group in optimizer.param_groups:
-            group["lr"] = plan.lr * rate(step, plan.steps, plan.warmup)
+        for group, peak in zip(groups, peaks):
+            group["lr"] = peak * rate(step, plan.steps, plan.warmup)
         with torch.enable_grad():
             loss, tokens = objective(batch)
         value = float(loss.detach())
@@ -121,15 +139,16 @@ def train(
         if not bool(torch.isfinite(norm)):
             course.diverged_at = step
             break
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         if (step + 1) % every == 0 or step + 1 == plan.steps:
             least = course.best[1]
             course.checks[step + 1] = found = check()
             if found < least:
                 best = [p.detach().clone() for p in parameters]
         if checkpoint and checkpoint.due():
-            _keep(checkpoint, parameters, best, optimizer, feed, course)
+            _keep(checkpoint, parameters, best, optimizers, feed, course)
         progress.step(note=f"loss {course.smooth:.4f}")
     progress.done()
     with torch.no_grad():
@@ -143,14 +162,15 @@ def _keep(
     checkpoint: Checkpoint,
     parameters: Sequence[nn.Parameter],
     best: Sequence[Tensor],
-    optimizer: torch.optim.Optimizer,
+    optimizers: Sequence[torch.optim.Optimizer],
     feed: Feed[T],
     course: Course,
 ) -> None:
     tensors: dict[str, Tensor] = {}
     for i, (parameter, kept) in enumerate(zip(parameters, best)):
         tensors |= {f"{i}:now": parameter, f"{i}:best": kept}
-        tensors |= {f"{i}:adam:{name}": value for name, value in optimizer.state.get(parameter, {}).items()}
+        state: Mapping[str, Tensor] = next((o.state[parameter] for o in optimizers if parameter in o.state), {})
+        tensors |= {f"{i}:optimizer:{name}": value for name, value in state.items()}
     checkpoint.save(tensors, {"course": asdict(course), "position": feed.position})
 
 
@@ -158,7 +178,7 @@ def _restore(
     checkpoint: Checkpoint | None,
     parameters: Sequence[nn.Parameter],
     best: list[Tensor],
-    optimizer: torch.optim.Optimizer,
+    optimizers: Sequence[torch.optim.Optimizer],
     feed: Feed[T],
 ) -> Course | None:
     """Put everything back as `_keep` found it; None where nothing was kept."""
@@ -170,10 +190,12 @@ def _restore(
         for i, parameter in enumerate(parameters):
             parameter.copy_(tensors[f"{i}:now"])
             best[i].copy_(tensors[f"{i}:best"])
+    owners = {id(p): o for o in optimizers for group in o.param_groups for p in group["params"]}
     for name, tensor in tensors.items():
         number, kind, entry = (*name.split(":"), "")[:3]
-        if kind == "adam":
+        if kind == "optimizer":
             parameter = parameters[int(number)]  # AdamW counts steps on the CPU
-            optimizer.state[parameter][entry] = tensor if entry == "step" else tensor.to(parameter.device)
+            value = tensor if entry == "step" else tensor.to(parameter.device)
+            owners[id(parameter)].state[parameter][entry] = value
     feed.seek(state["position"])
     return Course.from_json(state["course"])

@@ -45,7 +45,8 @@ class Features(Logits):
         temperature: both distributions are softened by it.
         warmup: share of the steps in which the learning rate rises.
         where: selector of what trains; null: everything but embeddings and head.
-        weight_decay: AdamW's.
+        weight_decay: the optimizer's.
+        optimizer: ``adamw`` or ``muon``, as in `distill.logits`.
         seed: of the order of batches and of LoRA's start.
         data: ``fit``, ``recovery``, ``auto`` or other data, as in `distill.logits`.
     """

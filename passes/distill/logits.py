@@ -27,7 +27,7 @@ VALIDATION = 256  # samples of the fit split that recovery data are validated on
 class Logits(Distill):
     """Heal a changed model: it learns the original's token distribution at every answer token.
 
-    AdamW with linear warm-up and a cosine, gradients clipped at 1. Dropout stays off, so a run with the same seed
+    Linear warm-up and a cosine, gradients clipped at 1. Dropout stays off, so a run with the same seed
     repeats itself bit for bit, killed and resumed or not. A tenth of the fit split is held out; the weights that do
     best on it are kept, the untrained ones included, so that training never leaves the model worse there. A loss that
     is not finite, or three times that of the first steps, ends the training early. Weights are trained before
@@ -60,7 +60,9 @@ class Logits(Distill):
         warmup: share of the steps in which the learning rate rises.
         where: selector of what trains; null: everything but embeddings and head. Blocks that are selected as a whole
             train their norms too.
-        weight_decay: AdamW's.
+        weight_decay: the optimizer's.
+        optimizer: ``adamw``. ``muon``: Muon for matrices, which wants about a hundred times the lr, AdamW at a tenth of
+            it for the others; for models that changed so much that they must learn anew what takes several blocks.
         seed: of the order of batches and of LoRA's start.
         data: ``fit``: the fit split, again and again. ``recovery``: fresh samples without end, from a source that makes
             them (the demo's generator). ``auto``: recovery where the data has it, else fit. Anything else names other

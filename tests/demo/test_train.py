@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from svlm.calib.demo import muon
+from svlm.calib import muon
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (6, 12), (12, 6)])

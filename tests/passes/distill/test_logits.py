@@ -180,8 +180,11 @@ def test_promised_zeros_stay() -> None:
     gone = {path: student.linear(path).module.weight == 0 for path in paths}
     student.ledger._records.append(Record("prune.wanda", {}, {"promised_zeros": dict.fromkeys(paths, 0.5)}))
     ctx = context(teacher, [zoo.batch("llava")])
-    with pytest.raises(Unmet, match="fill the zeros"):
+    with pytest.raises(Unmet, match="lora would fill the zeros"):
         replace(QUICK, train="lora", where="language").requires(student, ctx)
+    with pytest.raises(Unmet, match="muon would fill the zeros"):
+        replace(QUICK, optimizer="muon").requires(student, ctx)
+    replace(QUICK, train="norms", optimizer="muon").requires(student, ctx)
     assert distilled(replace(QUICK, weight_decay=0.1), student, ctx).numbers["best_step"] > 0
     assert all(torch.equal(student.linear(path).module.weight == 0, zeros) for path, zeros in gone.items())
     assert not any(p._backward_hooks for p in student.model.parameters())

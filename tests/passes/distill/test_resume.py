@@ -80,14 +80,16 @@ def _often(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind, train, data",
+    "kind, train, data, optimizer",
     [
-        (Logits, "lora", "fit"),
-        (Features, "full", "recovery"),
+        (Logits, "lora", "fit", "adamw"),
+        (Features, "full", "recovery", "adamw"),
+        (Logits, "full", "fit", "muon"),
     ],
 )
-def test_killed_at_random_steps_and_resumed(kind: Any, train: Any, data: Any, tmp_path: Path) -> None:
+def test_killed_at_random_steps_and_resumed(kind: Any, train: Any, data: Any, optimizer: Any, tmp_path: Path) -> None:
     step = kind(steps=STEPS, lr=3e-3 if train == "full" else 1e-2, batch_size=2, train=train, data=data, lora_rank=4)
+    step = replace(step, optimizer=optimizer)
     calm, ctx = student(step)
     wanted = step.apply(calm, ctx).numbers
     assert wanted["best_step"] > 0

@@ -1,4 +1,4 @@
-"""Muon for the matrices, AdamW for the rest; written for a processor without fast bfloat16.
+"""Muon, an optimizer for matrices: the demo model's and that of distillation; for processors without fast bfloat16.
 
 `torch.optim.Muon` orthogonalises one matrix at a time and in bfloat16, which most CPUs emulate. Here the matrices of
 one shape are stacked, and the Newton-Schulz iterations run in float32. (Jordan et al., 2024; the same coefficients.)
