@@ -10,7 +10,9 @@ where they were; finished ones are not run again.
 cut-30, cut-50      30 and 50 % of the parameters of language model and vision tower, all from the MLPs (41 and 67 % of
                     their channels, ranked over all blocks), then distillation.
 blocks-kl, blocks-influence, blocks-random
-                    two of the eight blocks, chosen in three ways, then the same distillation.
+                    two of the eight blocks, chosen in three ways among the deeper half of each tower, then the same
+                    distillation.
+blocks-kl-any       the same chosen among all eight: what goes first is not what heals best.
 prune-distil-quantize, quantize-prune-distil
                     the same block, bits and number of steps in two orders; after rounding only scales can be trained.
 small               the recipe that ships: everything together.
@@ -20,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +32,26 @@ from svlm.compress.recipe import Recipe
 from svlm.passes.api import Options, compress_model, read_recipe
 
 BOTH = ["vision", "language"]
-HEAL: dict[str, Any] = {"steps": 300, "lr": 1.0e-3, "train": "lora"}
+STATES = ["connector", "language"]
+DEEP = ["vision.blocks[2:]", "language.blocks[2:]"]
+HEAL: dict[str, Any] = {
+    "steps": 400,
+    "features": STATES,
+    "weight": 1.0,
+    "batch_size": 128,
+    "optimizer": "muon",
+    "lr": 1.0e-2,
+}
 
 
 def cut(ratio: float) -> list[Any]:
     prune = {"ratio": ratio, "where": BOTH, "importance": "flap", "allocation": "global", "multiple": 16}
-    return [{"prune.structured": prune}, {"distill.logits": HEAL}]
+    return [{"prune.structured": prune}, {"distill.features": HEAL}]
 
 
-def blocks(criterion: str) -> list[Any]:
-    return [{"prune.layers": {"count": 2, "where": BOTH, "criterion": criterion}}, {"distill.logits": HEAL}]
+def blocks(criterion: str, where: Sequence[str] = DEEP) -> list[Any]:
+    prune = {"count": 2, "where": list(where), "criterion": criterion}
+    return [{"prune.layers": prune}, {"distill.features": HEAL}]
 
 
 CASES: dict[str, list[Any] | None] = {  # None: a recipe that ships
@@ -47,6 +60,7 @@ CASES: dict[str, list[Any] | None] = {  # None: a recipe that ships
     "blocks-kl": blocks("kl"),
     "blocks-influence": blocks("influence"),
     "blocks-random": blocks("random"),
+    "blocks-kl-any": blocks("kl", BOTH),
     "prune-distil-quantize": None,
     "quantize-prune-distil": None,
     "small": None,
