@@ -7,6 +7,8 @@ says how many tokens they stand for.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -75,12 +77,13 @@ def shares(steps: int, keep: float, schedule: str) -> list[float]:
     """Which share of the tokens is left after each of `steps` merges; the last one is `keep`.
 
     ``constant``: each merges as many. ``decreasing``: each fewer than the one before, in a line down to none.
-    ``early``: those of the first half, rounded up, as many each, and the others none.
+    ``early``: those of the first half, rounded up, as many each, and the others none; more than half of them merge
+    where each would otherwise have to merge more than half of what is there.
     """
     gone = [(i + 1) / steps for i in range(steps)]
     if schedule == "early":
-        half = (steps + 1) // 2
-        gone = [min(1.0, (i + 1) / half) for i in range(steps)]
+        first = min(steps, max((steps + 1) // 2, math.ceil((1 - keep) / keep)))
+        gone = [min(1.0, (i + 1) / first) for i in range(steps)]
     elif schedule == "decreasing":
         gone = [2 * t - t * t for t in gone]
     elif schedule != "constant":

@@ -30,9 +30,9 @@ class Merge(Pass):
 
     Settings:
         keep: share of the patches that is left at the end of the tower, in (0, 1]; rounded.
-        schedule: how many are merged in which of the chosen blocks. ``early``: as many in each of the first half, none
-            in the others; the cheapest. ``decreasing``: fewer from block to block, in a line. ``constant``: as many in
-            each.
+        schedule: how many are merged in which of the chosen blocks. ``early``: as many in each of the first half (of
+            more, where each would have to merge more than half of what is there), none in the others; the cheapest.
+            ``decreasing``: fewer from block to block, in a line. ``constant``: as many in each.
         where: selector; blocks of the vision tower that may merge (``vision.blocks[4:]``).
         proportional: a merged token weighs in attention as the patches that it stands for: the logarithm of their
             number is added to the logits.
@@ -62,12 +62,12 @@ class Merge(Pass):
                 raise self._unmet(model, reason)
         units = self._blocks(model)
         left = self._left(units)
-        if any(after < before / 2 for before, after in pairwise([1.0, *left.values()])):
+        if any(after < before / 2 - 1e-9 for before, after in pairwise([1.0, *left.values()])):
             raise Unmet(
                 f"{self.name}: a block merges half of its tokens at most",
                 where=f"where: {self.where}",
                 found=f"{len(units)} blocks are to leave {self.keep:.1%}",
-                change="a larger keep, schedule: early, or select more blocks",
+                change="a larger keep, schedule: decreasing, or select more blocks",
             )
         tokens_and_patches(model, units[0].module, self._example(ctx))
 

@@ -95,6 +95,7 @@ def test_schedules(keep):
     assert [a - b for a, b in pairwise(steps)] == pytest.approx([2 * (1 - keep) / 144] * 11), "a line"
     assert steps[-1] == pytest.approx((1 - keep) / 144)
     assert shares(1, keep, "early") == [keep]
+    assert shares(4, 0.25, "early") == pytest.approx([0.75, 0.5, 0.25, 0.25]), "a merge halves at most"
     with pytest.raises(ValueError, match="late"):
         shares(3, keep, "late")
 
