@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 from ..compress.anatomy import LinearRef, ModelView, Unit
 from ..compress.base import evaluating
 from ..compress.errors import WorkFailed
+from ..compress.runtime.merge import carried
 from .clock import Clock
 from .stats import Stat, fitting
 
@@ -80,10 +81,8 @@ class Probe:
         leaves, spec = tree_flatten(outputs)
         if [_length(leaf) for leaf in leaves] != [n and n * count for n in lengths[path]]:
             return None
-        cut = [
-            leaf if n is None else leaf[rows.start * n : rows.stop * n]
-            for leaf, n in zip(leaves, lengths[path], strict=True)
-        ]
+        parts = [None if n is None else slice(rows.start * n, rows.stop * n) for n in lengths[path]]
+        cut = [leaf if part is None else carried(leaf[part], leaf, part) for leaf, part in zip(leaves, parts)]
         return tree_unflatten(cut, spec)
 
     def _trace(self, batch: Mapping[str, Any]) -> tuple[dict[str, int], dict[str, list[int | None]]]:
@@ -216,7 +215,7 @@ def replaying(path: str, outputs: list[Any], copy: bool) -> Callable[..., Any]:
                 where=path,
                 change="do not mix images and videos in a batch",
             ) from None
-        return tree_map(lambda t: t.clone() if copy and isinstance(t, torch.Tensor) else t, out)
+        return tree_map(lambda t: carried(t.clone(), t) if copy and isinstance(t, torch.Tensor) else t, out)
 
     return forward
 

@@ -15,6 +15,7 @@ from ..errors import OutputError, UsageError
 from ..families import Family
 from ..runtime.codebook import codebooks
 from ..runtime.kv_cache import installed as kv_form
+from ..runtime.merge import installed as merging
 from ..runtime.reduce import installed
 from . import awq, bnb, gptq
 from .compressed_tensors import stock_obstacle
@@ -65,6 +66,8 @@ def export_model(
             facts["notes"].append(
                 f"{reduction.label['pass']} is carried out by svlm.load alone: other loaders see all visual tokens"
             )
+        if merging(view.model):
+            facts["notes"].append("tokens.merge is carried out by svlm.load alone: other loaders merge no tokens")
         if kv_form(view.model) is not None:
             facts["notes"].append(
                 "quantize.kv_cache is carried out by svlm.load alone: other loaders keep an exact cache"

@@ -13,6 +13,7 @@ from ...calib.stats import TokenWeights
 from ...calib.walk import Call, WalkUnit
 from ...compress.anatomy import LinearRef
 from ...compress.errors import WorkFailed
+from ...compress.runtime.merge import carried
 
 SAME = 1e-3  # root mean square of the difference, over that of the output: the order of summation, not another sample
 
@@ -136,7 +137,7 @@ def _split(
 def _rows(lead: int, start: int, stop: int) -> Callable[[Any], Any]:
     def cut(leaf: Any) -> Any:
         fits = isinstance(leaf, torch.Tensor) and leaf.ndim and len(leaf) == lead
-        return leaf[start:stop] if fits else leaf
+        return carried(leaf[start:stop], leaf, slice(start, stop)) if fits else leaf
 
     return cut
 

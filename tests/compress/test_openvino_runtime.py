@@ -136,3 +136,18 @@ def test_a_tower_with_calibrated_inputs_and_a_connector_that_is_one_linear() -> 
     with torch.no_grad():
         plain = view.model(**batch).logits
     assert float((found - logits)[real].abs().mean()) < 0.3 * float((plain - logits)[real].abs().mean())
+
+
+def test_a_tower_that_merges_tokens_runs_as_in_torch(tmp_path: Path) -> None:
+    view = svlm.load_view("demo")
+    full = Encoder(view.processor).encode(CalibrationSet.load("demo", fit=4, check=4).check)
+    full.pop("labels")
+    ctx = Context([full], lambda *a, **k: None, nullcontext)
+    svlm.apply_pass(svlm.find("tokens.merge")(keep=0.5), view, ctx)
+    svlm.save(view, tmp_path / "out")
+    with torch.no_grad():
+        wanted, real = view.model(**full).logits, full["attention_mask"].bool()
+        plain = svlm.load_view("demo").model(**full).logits
+    found = svlm.load(tmp_path / "out", runtime="openvino", threads=1)(**full).logits
+    assert float((found - wanted)[real].abs().mean()) < 1e-3
+    assert float((plain - wanted)[real].abs().mean()) > 1e-2, "merging makes a difference"

@@ -119,6 +119,15 @@ CROSS = (
     "donut",
 )  # where reducing visual tokens is refused, with a reason
 UNMET: dict[str, tuple[str, ...]] = {f"tokens.{name}": CROSS for name in ("dpp", "random", "grid")}
+UNMET["tokens.merge"] = (  # packed pictures with rotary places, attention without a mask, windows
+    "qwen2-vl",
+    "qwen2.5-vl",
+    "qwen3-vl",
+    "blip-2",
+    "blip-2-t5",
+    "florence-2",
+    "donut",
+)
 UNMET["prune.vocabulary"] = FAMILIES  # the zoo has no tokenizers; tests/compress/test_vocabulary.py cuts every family
 UNMET["quantize.kv_cache"] = ("trocr",)  # generates without a cache
 
