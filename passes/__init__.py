@@ -24,6 +24,7 @@ MENU = {
     "tokens.dpp": "tokens.dpp:DPP",
     "tokens.random": "tokens.random:Random",
     "tokens.grid": "tokens.grid:Grid",
+    "tokens.resolution": "tokens.resolution:Resolution",
     "quantize.rtn": "quantize.rtn:RTN",
     "quantize.gptq": "quantize.gptq:GPTQ",
     "quantize.awq": "quantize.awq:AWQ",

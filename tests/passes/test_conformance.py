@@ -120,6 +120,7 @@ CROSS = (
 )  # where reducing visual tokens is refused, with a reason
 UNMET: dict[str, tuple[str, ...]] = {f"tokens.{name}": CROSS for name in ("dpp", "random", "grid")}
 UNMET["prune.vocabulary"] = FAMILIES  # the zoo has no tokenizers; tests/compress/test_vocabulary.py cuts every family
+UNMET["tokens.resolution"] = FAMILIES  # no processors; tests/passes/tokens/test_resolution.py has those of every family
 UNMET["quantize.kv_cache"] = ("trocr",)  # generates without a cache
 
 
