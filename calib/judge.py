@@ -83,7 +83,7 @@ class Judge:
     """Measures models on `samples` against `original`.
 
     Args:
-        encoder: makes the original's batches. cache_dir: keeps what the original says across runs; None: in memory alone.
+        encoder: makes the original's batches. cache_dir: keeps what the original says across runs; None: in memory.
         batch_size: questions in a batch.
         first: the judge of the same original while it still has all tokens, where this one speaks fewer: its answers
             are the original's answers. Where it has as many, all that it knows of the original serves.

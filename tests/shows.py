@@ -10,7 +10,7 @@ from tokenizers import models, pre_tokenizers
 
 from tests import zoo
 
-WORDS = "what is this ? where the red bear left right yes no two three cat dog question answer en one ball blue".split()
+QUESTIONS = "what is this ? where the red bear left right yes no two three cat dog question answer en one ball blue"
 IDEFICS = ["<fake_token_around_image>", "<end_of_utterance>", "<global-img>", "\n", "\n\n"]
 TILES = [f"<row_{r}_col_{c}>" for r in (1, 2) for c in (1, 2)]
 SQUARE = {"height": 16, "width": 16}
@@ -19,7 +19,9 @@ SQUARE = {"height": 16, "width": 16}
 def tokenizer() -> Any:
     """Whole words; <image> is `zoo.IMAGE`, and so are the others where `zoo` has them."""
     named = {zoo.IMAGE: "<image>", zoo.VIDEO: "<video>", zoo.START: "<start>", zoo.END: "<end>"}
-    vocab = {token: i for i, token in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *WORDS, *IDEFICS, *TILES])}
+    vocab = {
+        token: i for i, token in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *QUESTIONS.split(), *IDEFICS, *TILES])
+    }
     vocab |= {f"w{i}": i for i in range(len(vocab), zoo.END)} | {token: i for i, token in named.items()}
     core = tk.Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

@@ -24,7 +24,8 @@ class Features(Logits):
     The loss is the mean distance of the hidden states of mapped blocks, on tokens that are no padding, plus `weight`
     times the loss of `distill.logits`. A block is compared with the block of the original that it once was, whatever
     blocks around it were removed; after a token pass the tokens that are left are compared with the same ones of the
-    original, and where the original is shown larger pictures (`tokens.resolution`), those of text. Training, validation and what is kept are those of `distill.logits`.
+    original, and where the original is shown larger pictures (`tokens.resolution`), those of text. Training, validation
+    and what is kept are those of `distill.logits`.
 
     Settings:
         features: selector of the blocks (and connectors) whose outputs are compared.

@@ -324,5 +324,3 @@ def with_limit(view: ModelView, limit: Limit) -> Any:
         write_picture_settings(folder, told)
 
     return remade(view.processor, view.model.config, edit)
-
-

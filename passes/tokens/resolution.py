@@ -21,9 +21,9 @@ class Resolution(Pass):
     Where pictures have one size, it becomes that whose number of patches is nearest to `keep` times as many; position
     embeddings are resized (bicubic), tiles become smaller by as much, and there are as many of them. Where the
     processor fits pictures of any size under a limit of pixels (Qwen-VL), the limit becomes that under which the
-    pictures of the fit split have `keep` times as many tokens; pictures far below the limit are left as they are. Config
-    and processor say it all: stock `from_pretrained` loads the result. The vision tower works less, too, which no
-    choice among its outputs achieves.
+    pictures of the fit split have `keep` times as many tokens; pictures far below it are left as they are. Config and
+    processor say it all: stock `from_pretrained` loads the result. The vision tower works less, too, which no choice
+    among its outputs achieves.
 
     Everything after this pass is measured, calibrated and trained with the smaller pictures. The original that it is
     compared with, and learns from, is shown the large ones.
@@ -101,7 +101,7 @@ class Resolution(Pass):
         return Notes(numbers | sight, record)
 
     def rebuild(self, model: ModelView, record: Mapping[str, Json]) -> None:
-        """Sizes are in the config and in the processor's files; that they are smaller than the original's is told here."""
+        """Sizes are in the config and the processor's files; that they are smaller than the original's is told here."""
         if record["sight"] is not None:
             model.sight = (*model.sight, record["sight"])
 

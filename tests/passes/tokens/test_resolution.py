@@ -25,6 +25,7 @@ from svlm.compress.anatomy import ModelView, view_of
 from svlm.compress.base import Context
 from svlm.compress.errors import PromiseBroken, Unmet
 from svlm.compress.pipeline import apply_pass, ask_promises
+from svlm.passes.api import Options, compress_model
 from svlm.passes.distill._feed import split
 from svlm.passes.tokens import _pictures
 from svlm.passes.tokens._positions import resized
@@ -121,10 +122,10 @@ def test_every_family(family: str, tmp_path: Path) -> None:
     assert torch.equal(answers, generated(view.model, asked, use_cache=False))
     for i, one in enumerate(samples()):
         assert torch.equal(generated(view.model, encoder.prompts([one])), answers[i : i + 1])
-    if family != "gemma3":  # whose chat places both pictures of a question
-        twice = encoder.prompts([sample(0, 24, 24, "what is this ?", 2)])
-        assert sum(view.visual_tokens(twice)) == 2 * sum(view.visual_tokens(encoder.prompts(samples()[:1])))
-        assert torch.isfinite(logits(view.model, twice)).all()
+    twice = encoder.prompts([sample(0, 24, 24, "what is this ?", 2)])
+    (both,), (one_picture,) = view.visual_tokens(twice), view.visual_tokens(encoder.prompts(samples()[:1]))
+    assert both == (2 * 5 if family == "llava-onevision" else 2 * one_picture)  # OneVision tiles a single picture only
+    assert torch.isfinite(logits(view.model, twice)).all()
 
     storage.save(view, tmp_path / "saved")
     again = storage.load_model(tmp_path / "saved", find=passes.find)
@@ -213,9 +214,7 @@ calibration: {fit: 6, check: 6}
 gate: {metric: kl, max: 100, on_fail: keep}
 passes:
   - tokens.resolution: {keep: 0.25}
-  - prune.vocabulary: {}
   - distill.logits: {steps: 2, batch_size: 4, data: fit}
-  - quantize.gptq: {bits: 4, group: 32}
 """
 
 
@@ -265,7 +264,9 @@ def test_batches_are_shown_to_both(bench: svlm.Workbench, small: ModelView) -> N
     pieces = split(speech.fit[0], 3)
     assert [len(p["labels"]) for p in pieces] == [3, 1] == [len(as_original(p)["labels"]) for p in pieces]
     recovery = bench.speaking(small).encoded(lambda: iter(bench.data.fit))(2, 1)
-    assert torch.equal(as_original(next(recovery))["labels"], bench.speaking(bench.original).encode(bench.data.fit[2:4])["labels"])
+    assert torch.equal(
+        as_original(next(recovery))["labels"], bench.speaking(bench.original).encode(bench.data.fit[2:4])["labels"]
+    )
 
 
 def test_the_judge_compares_with_the_original_at_its_own_size(bench: svlm.Workbench, small: ModelView) -> None:
@@ -281,18 +282,16 @@ def test_the_judge_compares_with_the_original_at_its_own_size(bench: svlm.Workbe
 
 @pytest.mark.parametrize("name", ["distill.logits", "distill.features"])
 def test_the_student_learns_from_large_pictures(name: str, bench: svlm.Workbench, small: ModelView) -> None:
-    settings: dict[str, Any] = {"steps": 8, "lr": 3e-3, "batch_size": 3, "data": "fit", "vision": "matched"}
+    settings: dict[str, Any] = {"steps": 10, "lr": 1e-3, "batch_size": 3, "data": "fit", "vision": "matched"}
     step = passes.find(name).from_settings(settings)
-    before, _ = bench.measure(small)
+    ctx = bench.context(small)
     with torch.no_grad():
-        theirs = bench.original.model(**as_original(bench.context(small).fit[0])).logits.clone()
-    notes = apply_pass(step, small, bench.context(small))
-    assert notes.numbers["kl_best"] < notes.numbers["kl_first"]
+        theirs = bench.original.model(**as_original(ctx.fit[0])).logits.clone()
+    notes = apply_pass(step, small, ctx)
+    assert notes.numbers["training_loss_last"] < 0.6 * notes.numbers["training_loss_first"]
     with torch.no_grad():
-        again = bench.original.model(**as_original(bench.context(small).fit[0])).logits
+        again = bench.original.model(**as_original(ctx.fit[0])).logits
     assert torch.equal(theirs, again) and bench.original.model.config.vision_config.image_size == 16
-    after, _ = bench.measure(small)
-    assert after["kl"] != before["kl"]
 
 
 def test_what_compares_tokens_one_by_one_refuses(bench: svlm.Workbench, small: ModelView) -> None:
@@ -301,24 +300,31 @@ def test_what_compares_tokens_one_by_one_refuses(bench: svlm.Workbench, small: M
             passes.find(name).from_settings(settings).requires(small, bench.context(small))
 
 
-def test_one_recipe_with_fewer_words_and_bits(folder: Path, tmp_path: Path) -> None:
-    """Through the pipeline, with a rehearsal, to disk, and judged from there: smaller pictures, and ids of its own."""
+def test_smaller_pictures_and_ids_of_its_own(folder: Path, bench: svlm.Workbench, small: ModelView) -> None:
+    """The teacher speaks the new ids and is shown the large pictures; its answers are the whole original's."""
+    whole = bench.speaking(small).fit[0]
+    apply_pass(passes.find("prune.vocabulary").from_settings({}), small, bench.context(small))
+    speech = bench.speaking(small)
+    batch, kept = speech.fit[0], torch.tensor(small.vocabulary)
+    assert batch["pixel_values"].shape[-1] == 8 and as_original(batch)["pixel_values"].shape[-1] == 16
+    assert torch.equal(kept[as_original(batch)["input_ids"]], as_original(whole)["input_ids"])
+    assert torch.equal(kept[batch["input_ids"]], whole["input_ids"])
+    with torch.no_grad():
+        narrow = speech.teacher.model(**as_original(batch)).logits
+        wide = bench.original.model(**as_original(whole)).logits
+    torch.testing.assert_close(narrow, wide[..., kept])
+    assert torch.isfinite(torch.tensor(bench.measure(small)[0]["kl"]))
+    assert speech.judge.reference().answers == bench.judge.reference().answers
+
+
+def test_through_the_pipeline(folder: Path, tmp_path: Path) -> None:
+    """With a rehearsal, to disk, and judged from there."""
     out = tmp_path / "out"
-    report = svlm.compress_model(folder / "model", folder / "r.yaml", folder / "q.jsonl", out)
+    options = Options(latency=False, batch_size=4)
+    report = compress_model(folder / "model", folder / "r.yaml", folder / "q.jsonl", out, options)
     stages = report["stages"]
-    assert [stage["verdict"] for stage in stages] == ["baseline", *["passed"] * 4]
-    assert [stage["cost"]["visual_tokens"] for stage in stages] == [4, 1, 1, 1, 1]
+    assert [stage["verdict"] for stage in stages] == ["baseline", "passed", "passed"]
+    assert [stage["cost"]["visual_tokens"] for stage in stages] == [4, 1, 1]
     assert stages[-1]["promises"] == [stage["pass"] for stage in stages[1:]] and report["reload"]["checked"]
     found = svlm.verify(out, folder / "model", str(folder / "q.jsonl"))
     assert found["quality"]["kl"] == pytest.approx(stages[-1]["quality"]["kl"], rel=1e-3)
-    view = svlm.load_view(out)
-    data = svlm.CalibrationSet.load(str(folder / "q.jsonl"), fit=6, check=6)
-    speech = svlm.Workbench(svlm.load_view(folder / "model"), data, batch_size=4).speaking(view)
-    batch = speech.fit[0]
-    kept = torch.tensor(view.vocabulary)
-    assert as_original(batch)["pixel_values"].shape[-1] == 16 and batch["pixel_values"].shape[-1] == 8
-    ids = kept[as_original(batch)["input_ids"]]
-    assert torch.equal(ids, Encoder(svlm.load_view(folder / "model").processor).encode(
-        speech.judge.answered(data.fit[:4]))["input_ids"])
-    logits_of = speech.teacher.model(**as_original(batch)).logits
-    assert logits_of.shape[-1] == len(kept)
