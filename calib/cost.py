@@ -111,27 +111,26 @@ class Split:
     def __init__(self, view: ModelView, read: Callable[[], float]) -> None:
         self.read, self.found, self._open = read, dict.fromkeys(FIRST, 0.0), ["prefill"]
         self._places = [(view.tower, "vision"), *((u.module, "connector") for u in view.parts.get("connector", ()))]
-        self._choice = installed(view.model)
+        self._model = view.model
         self.visited: set[str] = set()
 
     def run(self, forward: Run) -> dict[str, float]:
         """What each part took."""
-        handles = []
+        undo: list[Callable[[], None]] = []
         for module, part in self._places:
-            handles.append(module.register_forward_pre_hook(lambda *_, part=part: self._enter(part)))
-            handles.append(module.register_forward_hook(lambda *_: self._leave()))
-        choose = self._choice.choose if self._choice is not None else None
-        if self._choice is not None and choose is not None:
-            self._choice.choose = self._counted(choose)
+            undo.append(module.register_forward_pre_hook(lambda *_, part=part: self._enter(part)).remove)
+            undo.append(module.register_forward_hook(lambda *_: self._leave()).remove)
+        if (reduction := installed(self._model)) is not None:
+            choose = reduction.choose
+            reduction.choose = self._counted(choose)
+            undo.append(lambda: setattr(reduction, "choose", choose))
         try:
             self._last = self.read()
             forward()
             self._mark()
         finally:
-            for handle in handles:
-                handle.remove()
-            if self._choice is not None and choose is not None:
-                self._choice.choose = choose
+            for step in undo:
+                step()
         return self.found
 
     def _counted(self, choose: Callable[..., Any]) -> Callable[..., Any]:
