@@ -62,10 +62,6 @@ def cut(view: Any, way: str) -> Any:
     return made
 
 
-def first_token(row: dict[str, Any]) -> float:
-    return row["vision"] + row["prefill"]
-
-
 def race(view: Any, batch: dict[str, torch.Tensor], rounds: int) -> dict[str, Any]:
     views = {"original": view}
     for way in WAYS:
@@ -80,9 +76,9 @@ def race(view: Any, batch: dict[str, torch.Tensor], rounds: int) -> dict[str, An
             row = one_round(c, 2)
             if number:  # the first warms up
                 rows[c.name].append(row)
-    timed = {name: first_token(medians(found)["cpu_ms"]) for name, found in rows.items()}
+    timed = {name: medians(found)["cpu_ms"]["first_token"] for name, found in rows.items()}
     flops = {name: cost(v, batch, latency=False)["flops"] for name, v in views.items()}
-    total = {name: f["vision"] + f["prefill"] for name, f in flops.items()}
+    total = {name: f["vision"] + (f["connector"] or 0) + f["prefill"] for name, f in flops.items()}
     return {
         name: {
             "first_token_cpu_ms": timed[name],

@@ -8,20 +8,25 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.cache_utils import CacheLayerMixin
 
 from ..compress.anatomy import ModelView
 from ..compress.base import Json, evaluating
 from ..compress.inspect import part_sizes
 from ..compress.pipeline import PeakMemory
+from ..compress.runtime.kv_cache import States
+from ..compress.runtime.reduce import installed
 
 RUNS, FEWEST, WARM_UPS = 11, 3, 2
 PATIENCE = 10.0  # seconds after which a figure makes do with FEWEST runs
+FIRST = ("vision", "connector", "prefill")  # what the first forward consists of
 Run = Callable[[], Any]
+T = TypeVar("T")
 
 
 def cost(
@@ -29,10 +34,11 @@ def cost(
 ) -> dict[str, Json]:
     """report.json's `cost` of one question about one picture.
 
-    `vision` is the tower alone; `prefill` is all the rest of the first forward (connector, language model, head);
-    `decode` is one more token with the cache of the first, as `generate` calls for it. FLOPs count matrix products,
-    convolutions and attention, a multiply-add as two. Milliseconds are medians of eleven warm runs (of fewer, at least
-    three, where these take more than ten seconds).
+    The first forward, up to the first token, is split among the parts that it passes through: `vision` is the tower and
+    the choice among its tokens, `connector` what lies between, `prefill` all the rest (language model, head); `decode`
+    is one more token with the cache of the first, as `generate` calls for it. FLOPs count matrix products, convolutions
+    and attention, a multiply-add as two. Milliseconds are medians of eleven warm runs (of fewer, at least three, where
+    these take more than ten seconds).
 
     Args:
         batch: one encoded sample. bytes_on_disk: of the weight files; estimated from the tensors where not given.
@@ -40,34 +46,142 @@ def cost(
 
     Returns:
         parameters (a shared one once), bytes, parameters_by_part, bytes_by_part, visual_tokens (an image, as many as
-        the language model works on), flops {vision, prefill, decode}, latency_ms {vision, prefill, decode_per_token},
-        peak_rss_bytes (of the process during these runs). None where the model never calls its tower or decodes
-        without a second forward, so that there is nothing to measure.
+        the language model works on), flops {vision, connector, prefill, decode}, latency_ms {vision, connector,
+        prefill, first_token (all of these), decode_per_token}, kv_bytes (what the cache of `generate` holds after the
+        first forward, all questions of the batch together, in the dtype that the model runs in), peak_rss_bytes (of
+        the process during these runs). None where the model never calls its tower, has no cache, or decodes without a
+        second forward, so that there is nothing to measure.
     """
     inputs = {k: v.to(view.model.device) for k, v in batch.items()}
     labels = inputs.pop("labels", None)
     sizes = part_sizes(view)
     with PeakMemory() as memory, evaluating(view.model), _frozen(view.model):
-        prompt = _first_forward(view, inputs, labels)
-        runs = {"vision": _tower_run(view, prompt), "prefill": lambda: prompt, "decode_per_token": _step(view, inputs)}
-        flops = {name: _flops(run) for name, run in runs.items()}
-        timed: dict[str, Any] = dict.fromkeys(runs)
+        prompt, second = _first_forward(view, inputs, labels), _second_call(view, inputs)
+        step, held = (None, None) if second is None else (_step(*second), cache_bytes(second[1].get("past_key_values")))
+        flops = _split_flops(view, prompt) | {"decode": _flops(step)}
+        timed: dict[str, Any] = dict.fromkeys((*FIRST, "first_token", "decode_per_token"))
         if latency:
-            timed = {name: _milliseconds(run, view.model.device) for name, run in runs.items()}
+            timed = _split_milliseconds(view, prompt) | {"decode_per_token": _milliseconds(step, view.model.device)}
         visual = sum(view.visual_tokens(inputs)) / _images(inputs)
-    for figures in (flops, timed):
-        if figures["prefill"] is not None and figures["vision"] is not None:
-            figures["prefill"] = max(figures["prefill"] - figures["vision"], 0)
     return {
         "parameters": sum(p.numel() for p in view.model.parameters()),
         "bytes": sum(stored for _, stored in sizes.values()) if bytes_on_disk is None else bytes_on_disk,
         "bytes_by_part": {part: stored for part, (_, stored) in sizes.items()},
         "parameters_by_part": {part: count for part, (count, _) in sizes.items()},
         "visual_tokens": int(visual) if visual == int(visual) else visual,
-        "flops": {"vision": flops["vision"], "prefill": flops["prefill"], "decode": flops["decode_per_token"]},
+        "flops": flops,
         "latency_ms": timed,
+        "kv_bytes": held,
         "peak_rss_bytes": memory.peak,
     }
+
+
+def cache_bytes(cache: Any) -> int | None:
+    """Bytes of the tensors in the layers of a cache; None where there is none."""
+    from transformers import EncoderDecoderCache
+
+    if cache is None:
+        return None
+    two = isinstance(cache, EncoderDecoderCache)
+    caches = (cache.self_attention_cache, cache.cross_attention_cache) if two else (cache,)
+    found: dict[int, int] = {}
+
+    def count(value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            found[value.data_ptr()] = value.numel() * value.element_size()
+        elif isinstance(value, (list, tuple, dict)):
+            for entry in value.values() if isinstance(value, dict) else value:
+                count(entry)
+        elif isinstance(value, (CacheLayerMixin, States)):
+            count(vars(value))
+
+    count([layer for part in caches for layer in part.layers])
+    return sum(found.values())
+
+
+class Split:
+    """One forward of a model, split among the parts that it passes through, by a reading that only grows.
+
+    A part inside another counts for itself alone (a connector inside the tower), what is in no part as ``prefill``.
+
+    Args:
+        read: the reading: seconds, or FLOPs so far.
+    """
+
+    def __init__(self, view: ModelView, read: Callable[[], float]) -> None:
+        self.read, self.found, self._open = read, dict.fromkeys(FIRST, 0.0), ["prefill"]
+        self._places = [(view.tower, "vision"), *((u.module, "connector") for u in view.parts.get("connector", ()))]
+        self._model = view.model
+        self.visited: set[str] = set()
+
+    def run(self, forward: Run) -> dict[str, float]:
+        """What each part took."""
+        undo: list[Callable[[], None]] = []
+        for module, part in self._places:
+            undo.append(module.register_forward_pre_hook(lambda *_, part=part: self._enter(part)).remove)
+            undo.append(module.register_forward_hook(lambda *_: self._leave()).remove)
+        if (reduction := installed(self._model)) is not None:
+            choose = reduction.choose
+            reduction.choose = self._counted(choose)
+            undo.append(lambda: setattr(reduction, "choose", choose))
+        try:
+            self._last = self.read()
+            forward()
+            self._mark()
+        finally:
+            for step in undo:
+                step()
+        return self.found
+
+    def _counted(self, choose: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self._enter("vision")
+            try:
+                return choose(*args, **kwargs)
+            finally:
+                self._leave()
+
+        return counted
+
+    def _mark(self) -> None:
+        now = self.read()
+        self.found[self._open[-1]] += now - self._last
+        self._last = now
+
+    def _enter(self, part: str) -> None:
+        self._mark()
+        self._open.append(part)
+        self.visited.add(part)
+
+    def _leave(self) -> None:
+        self._mark()
+        self._open.pop()
+
+
+def _split_flops(view: ModelView, prompt: Run) -> dict[str, int | None]:
+    with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
+        split = Split(view, counter.get_total_flops)
+        found = split.run(prompt)
+    return {part: int(flops) if part in (*split.visited, "prefill") else None for part, flops in found.items()}
+
+
+def _split_milliseconds(view: ModelView, prompt: Run) -> dict[str, float | None]:
+    device = view.model.device
+
+    def read() -> float:
+        _wait(device)
+        return 1000 * time.perf_counter()
+
+    def once() -> tuple[dict[str, float], set[str]]:
+        split = Split(view, read)
+        return split.run(prompt), split.visited
+
+    runs = _repeated(once)
+    found: dict[str, float | None] = {
+        part: statistics.median(took[part] for took, _ in runs) if part in (*runs[0][1], "prefill") else None
+        for part in FIRST
+    }
+    return found | {"first_token": statistics.median(sum(took.values()) for took, _ in runs)}
 
 
 # A figure's run comes from a factory, called anew (and not counted) before each run: a cache serves only once.
@@ -85,23 +199,8 @@ def _first_forward(view: ModelView, inputs: dict[str, Any], labels: torch.Tensor
     return lambda: view.model(**given, use_cache=True)
 
 
-def _tower_run(view: ModelView, prompt: Run) -> Callable[[], Run] | None:
-    """The tower's forward with the arguments that the model's own forward gives it."""
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-    handle = view.tower.register_forward_pre_hook(
-        lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True
-    )
-    try:
-        prompt()
-    finally:
-        handle.remove()
-    if not calls:
-        return None
-    return lambda: lambda: [view.tower(*args, **kwargs) for args, kwargs in calls]
-
-
-def _step(view: ModelView, inputs: dict[str, Any]) -> Callable[[], Run] | None:
-    """The second forward of `generate`: one token and the cache. The outermost module that generates is run."""
+def _second_call(view: ModelView, inputs: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]] | None:
+    """The second forward of `generate`, one token and the cache: the outermost module that generates, its arguments."""
     from transformers import GenerationMixin
 
     calls: dict[nn.Module, list[dict[str, Any]]] = {}
@@ -117,16 +216,15 @@ def _step(view: ModelView, inputs: dict[str, Any]) -> Callable[[], Run] | None:
     finally:
         for handle in handles:
             handle.remove()
-    for module in generating:
-        if len(calls.get(module, ())) > 1:
-            kwargs = calls[module][1]
+    return next(((m, calls[m][1]) for m in generating if len(calls.get(m, ())) > 1), None)
 
-            def ready(module: nn.Module = module, kwargs: dict[str, Any] = kwargs) -> Run:
-                given = kwargs | _own_cache(kwargs)
-                return lambda: module(**given)
 
-            return ready
-    return None
+def _step(module: nn.Module, kwargs: dict[str, Any]) -> Callable[[], Run]:
+    def ready() -> Run:
+        given = kwargs | _own_cache(kwargs)
+        return lambda: module(**given)
+
+    return ready
 
 
 def _own_cache(kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -155,20 +253,30 @@ _CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _a
 def _milliseconds(ready: Callable[[], Run] | None, device: torch.device) -> float | None:
     if ready is None:
         return None
-    times: list[float] = []
-    begin = time.perf_counter()
-    for number in range(WARM_UPS + RUNS):
+
+    def once() -> float:
         run = ready()
         _wait(device)
         start = time.perf_counter()
         run()
         _wait(device)
-        end = time.perf_counter()
-        if number >= WARM_UPS or end - begin > PATIENCE:
-            times.append(end - start)
-        if len(times) >= FEWEST and end - begin > PATIENCE:
+        return 1000 * (time.perf_counter() - start)
+
+    return statistics.median(_repeated(once))
+
+
+def _repeated(once: Callable[[], T]) -> list[T]:
+    """What `once` returned in each of the warm runs."""
+    found: list[T] = []
+    begin = time.perf_counter()
+    for number in range(WARM_UPS + RUNS):
+        row = once()
+        late = time.perf_counter() - begin > PATIENCE
+        if number >= WARM_UPS or late:
+            found.append(row)
+        if len(found) >= FEWEST and late:
             break
-    return 1000 * statistics.median(times)
+    return found
 
 
 def _wait(device: torch.device) -> None:

@@ -83,10 +83,11 @@ class Judge:
     """Measures models on `samples` against `original`.
 
     Args:
-        encoder: makes the batches. cache_dir: keeps what the original says across runs; None: in memory alone.
+        encoder: makes the original's batches. cache_dir: keeps what the original says across runs; None: in memory.
         batch_size: questions in a batch.
         first: the judge of the same original while it still has all tokens, where this one speaks fewer: its answers
-            are the original's answers.
+            are the original's answers. Where it has as many, all that it knows of the original serves.
+        shown: makes the batches of the models that are measured, where these are shown something else.
 
     Attributes:
         answers_from_original: check samples that had no answer, so that the original's own serves.
@@ -100,8 +101,10 @@ class Judge:
         cache_dir: Path | None = None,
         batch_size: int = 32,
         first: Judge | None = None,
+        shown: Encoder | None = None,
     ) -> None:
         self.encoder, self.original, self.batch_size, self.first = encoder, original, batch_size, first
+        self._shown = shown or encoder
         self._given, self._cache_dir = tuple(samples), cache_dir
         self.answers_from_original = sum(not s.answers for s in samples)
         self._reference: Reference | None = None
@@ -115,7 +118,7 @@ class Judge:
         lacking = [s for s in samples if not s.answers and _content(s) not in self._own]
         if lacking:
             with evaluating(self.original.model):
-                texts = self._answers(self.original, lacking, MOST_TOKENS)
+                texts = self._answers(self.original, self.encoder, lacking, MOST_TOKENS)
             self._own.update(zip(map(_content, lacking), texts))
             if self._own_file is not None:
                 write_whole(self._own_file, json.dumps(self._own))
@@ -155,7 +158,7 @@ class Judge:
         def compare(i: int, log_q: torch.Tensor, chosen: torch.Tensor) -> None:
             distances[i] = (*reference.against(i, log_q), chosen)
 
-        after = self._ask(view, told, "measuring", compare)
+        after = self._ask(view, self._shown, told, "measuring", compare)
         distance, same, chosen = (torch.cat(rows) for rows in zip(*distances))
         return self._compare(reference.answers, after, distance, same, chosen)
 
@@ -207,6 +210,7 @@ class Judge:
     def _ask(
         self,
         view: ModelView,
+        encoder: Encoder,
         progress: Progress,
         what: str,
         scored: Callable[[int, torch.Tensor, torch.Tensor], None],
@@ -221,12 +225,12 @@ class Judge:
         progress.start(what, len(batches) * (2 if answers is None else 1))
         with evaluating(view.model):
             for part in batches:
-                rows = self._scores(view, [self.samples[i] for i in part])
+                rows = self._scores(view, encoder, [self.samples[i] for i in part])
                 for i, (log_p, target) in zip(part, rows):
                     scored(i, log_p, log_p.gather(-1, target[:, None]).squeeze(-1))
                 progress.step()
             if answers is None:
-                answers = self._answers(view, self.samples, self._new_tokens, progress)
+                answers = self._answers(view, encoder, self.samples, self._new_tokens, progress)
         progress.done()
         return answers
 
@@ -242,15 +246,17 @@ class Judge:
         keys = [(len(s.images), len(json.dumps(s.conversation)) + more(s), i) for i, s in enumerate(samples)]
         return [i for *_, i in sorted(keys)]
 
-    def _scores(self, view: ModelView, samples: Sequence[Sample]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def _scores(
+        self, view: ModelView, encoder: Encoder, samples: Sequence[Sample]
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Log-probabilities [answer tokens, vocabulary] and reference tokens of each sample, teacher-forced."""
-        batch = _on(view, self.encoder.encode(samples))
+        batch = _on(view, encoder.encode(samples))
         labels = batch["labels"]
         vocabulary = view.model.config.get_text_config(decoder=True).vocab_size
         most = max(1, LOGIT_BYTES // (4 * labels.shape[1] * vocabulary))
         if most < len(samples):
             for start in range(0, len(samples), most):
-                yield from self._scores(view, samples[start : start + most])
+                yield from self._scores(view, encoder, samples[start : start + most])
             return
         # with labels: they tell prompt from answer to prefix-LM masks, and to passes that look at the prompt
         logits = view.model(**batch).logits
@@ -269,17 +275,22 @@ class Judge:
             yield log_p, target[marked].cpu()
 
     def _answers(
-        self, view: ModelView, samples: Sequence[Sample], tokens: int, progress: Progress | None = None
+        self,
+        view: ModelView,
+        encoder: Encoder,
+        samples: Sequence[Sample],
+        tokens: int,
+        progress: Progress | None = None,
     ) -> list[str]:
         """Greedy answers of up to `tokens` tokens, as `generate(do_sample=False)` gives them."""
         order = self._order(samples)
         answers = [""] * len(samples)
         for start in range(0, len(order), self.batch_size):
             part = order[start : start + self.batch_size]
-            inputs = _on(view, self.encoder.prompts([samples[i] for i in part]))
+            inputs = _on(view, encoder.prompts([samples[i] for i in part]))
             made = view.model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
             prompt = inputs["input_ids"].shape[1] if "input_ids" in inputs and not view.family.seq2seq else 0
-            for i, text in zip(part, self.encoder.decode(made[:, prompt:])):
+            for i, text in zip(part, encoder.decode(made[:, prompt:])):
                 answers[i] = text
             if progress is not None:
                 progress.step()
@@ -289,6 +300,8 @@ class Judge:
 
     def reference(self, progress: Progress | None = None) -> Reference:
         """What the original says, from the cache where it is there."""
+        if self.first is not None and self.first.original is self.original:
+            return self.first.reference(progress)
         if self._reference is None:
             self._reference = self._read() or self._make(progress or Silent())
         return self._reference
@@ -308,7 +321,7 @@ class Judge:
                 rows[:] = [row and shorten(row[0], TOP) for row in rows]
 
         known = self.first.reference(progress).answers if self.first is not None else None
-        answers = self._ask(self.original, progress, "asking the original", keep, known)
+        answers = self._ask(self.original, self.encoder, progress, "asking the original", keep, known)
         values, *more = (torch.cat(column) for column in zip(*rows))
         counts = torch.tensor([len(c) for c in chosen])
         reference = Reference(answers, values, torch.cat(chosen), counts, *more)

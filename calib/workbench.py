@@ -31,7 +31,7 @@ class Workbench:
         latency: whether to time the model at every stage.
 
     Attributes:
-        encoder, judge, fit: of the original's own token ids; `speaking` has those of a model with fewer tokens.
+        encoder, judge, fit: of the original; `speaking` has those of a model that is asked otherwise.
     """
 
     def __init__(
@@ -69,15 +69,15 @@ class Workbench:
         return self._own.fit
 
     def speaking(self, view: ModelView, original: ModelView | None = None) -> Speech:
-        """Batches, judge and teacher in the token ids of `view`.
+        """Batches, judge and teacher for `view`: in its token ids, and as its own processor shows it pictures.
 
         Args:
-            original: another model to learn from than the original, with the same tokens.
+            original: another model to learn from than the original, asked as it is.
         """
-        if original is None and view.vocabulary == self.original.vocabulary:
-            return self._own
-        if original is None and view.vocabulary == self._other.vocabulary:
-            return self._other
+        if original is None:
+            for known in (self._own, self._other):
+                if known.serves(view):
+                    return known
         made = Speech(
             original or self.original,
             self.data,
@@ -86,7 +86,7 @@ class Workbench:
             batch_size=self.batch_size,
             first=self.judge,
         )
-        if original is None:  # the last one is kept: a run goes from one vocabulary to the next
+        if original is None:  # the last one is kept: a run goes from one way of asking to the next
             self._other = made
         return made
 

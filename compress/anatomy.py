@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from .base import Json
 from .errors import ModelError, SelectorError
 from .families import PARTS, Family, known_rows
 from .ledger import Ledger
@@ -94,6 +95,7 @@ class ModelView:
             embedding -> the grid or codebook that its weight lies on; a tied head has no entry of its own.
         vocabulary: where tokens were taken out, the ids that those which stayed have in the original, ascending; None:
             all are there.
+        sight: how pictures are shown to it otherwise than to the original, one entry for each pass that changed that.
         activations: path of a linear -> how it rounds its input. It is a fact of the module (`runtime/activations.py`).
         source: where the model came from. storage_dtype: what its floating weights are saved in.
     """
@@ -106,6 +108,7 @@ class ModelView:
         self.ledger = Ledger()
         self.grids: dict[str, Grid | Codebook] = {}
         self.vocabulary: tuple[int, ...] | None = None
+        self.sight: tuple[Json, ...] = ()
         self.storage_dtype: torch.dtype = next(model.parameters()).dtype
         self.refresh()
 

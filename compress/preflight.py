@@ -109,7 +109,7 @@ def shrunken(original: ModelView, bench: Bench) -> ModelView:
         torch.manual_seed(0)
         model = type(original.model)(config).float().eval()
         view = view_of(model, original.processor, source=original.source, rows=[original.family])
-        view.storage_dtype, view.vocabulary = original.storage_dtype, original.vocabulary
+        view.storage_dtype, view.vocabulary, view.sight = original.storage_dtype, original.vocabulary, original.sight
         round_to_storage(view)
         bench.probe(view)
     except Exception:  # any config may refuse in its own way; the copy is slower, not wrong
@@ -133,5 +133,5 @@ def _shrink(config: Any) -> None:
 
 def _copy(original: ModelView) -> ModelView:
     view = view_of(copy.deepcopy(original.model), original.processor, source=original.source, rows=[original.family])
-    view.storage_dtype, view.vocabulary = original.storage_dtype, original.vocabulary
+    view.storage_dtype, view.vocabulary, view.sight = original.storage_dtype, original.vocabulary, original.sight
     return view

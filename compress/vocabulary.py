@@ -273,7 +273,7 @@ def speaking(original: ModelView, vocabulary: tuple[int, ...] | None, processor:
         )
     shared = {id(t): t for t in (*original.model.parameters(), *original.model.buffers())}
     view = ModelView(copy.deepcopy(original.model, shared), processor, original.family, original.source)
-    view.storage_dtype, view.vocabulary = original.storage_dtype, original.vocabulary
+    view.storage_dtype, view.vocabulary, view.sight = original.storage_dtype, original.vocabulary, original.sight
     view.ledger, view.grids = original.ledger, dict(original.grids)
     narrow(view, find_cut(view, kept))
     return view

@@ -25,6 +25,7 @@ MENU = {
     "tokens.random": "tokens.random:Random",
     "tokens.grid": "tokens.grid:Grid",
     "tokens.merge": "tokens.merge:Merge",
+    "tokens.resolution": "tokens.resolution:Resolution",
     "quantize.rtn": "quantize.rtn:RTN",
     "quantize.gptq": "quantize.gptq:GPTQ",
     "quantize.awq": "quantize.awq:AWQ",

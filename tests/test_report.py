@@ -62,13 +62,28 @@ def page() -> Page:
 
 
 def test_the_verdict_says_size_accuracy_interval_and_flips() -> None:
-    first, second, third, fourth = headline(reports.report())
+    first, where, second, third, fourth = headline(reports.report())
     assert first == "demo is now 4.49 times smaller: 7.82 MB before, 1.74 MB after."
+    assert "6.9 ms, is 45 % the vision tower, 55 % the language model's reading of the prompt: fewer" in where
+    assert where.endswith("cut before the language model.")
     assert "on 512 questions: 91.4 % before, 90.2 % after, a change of −1.2 points" in second
     assert "95 % interval −2.5 to +0.2" in second
     assert third == "12 answers went from right to wrong, 6 from wrong to right."
     tried = "was tried with bits 3 (−4.1 points), then bits 4 (−1.2 points); the last was taken"
     assert fourth == f"Stage 3, quantize.gptq, {tried}."
+
+
+def test_where_the_first_token_spends_its_time_says_where_to_cut() -> None:
+    report = reports.report()
+    cost = report["stages"][0]["cost"]
+    cost["latency_ms"] = {"vision": 6.0, "connector": 1.0, "prefill": 3.0, "decode_per_token": 1.0}
+    cost["kv_bytes"], report["stages"][-1]["cost"]["kv_bytes"] = 4000, 1000
+    said = headline(report)
+    assert "60 % the vision tower, 10 % the connector, 30 % the language model's" in said[1]
+    assert said[1].endswith("inside the tower, or by smaller pictures.")
+    assert said[2] == "After a question is read, the cache holds 1.00 kB now, 4.00 kB before."
+    cost["latency_ms"] = dict.fromkeys(cost["latency_ms"])
+    assert not any("first token" in sentence for sentence in headline(report))
 
 
 def test_a_stopped_run_says_where_why_and_what_is_left() -> None:

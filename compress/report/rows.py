@@ -13,6 +13,11 @@ from typing import Any
 Row = dict[str, Any]
 IN_EFFECT = ("baseline", "passed", "retried", "kept")
 NOTHING = "–"
+FIRST = {  # what the time to the first token consists of
+    "vision": "the vision tower",
+    "connector": "the connector",
+    "prefill": "the language model's reading of the prompt",
+}
 
 
 @dataclass(frozen=True)
@@ -33,8 +38,8 @@ def stage_rows(report: Mapping[str, Any]) -> list[Row]:
 
     Returns:
         Rows with index, pass, settings, verdict, in_effect, says, max_drop, the keys of `quality_row`, bytes, ratio
-        (original / this), parameters, visual_tokens, flops and latency_ms (vision + prefill), decode_ms, seconds,
-        remarks.
+        (original / this), parameters, visual_tokens, flops and latency_ms (up to the first token), decode_ms, kv_bytes,
+        seconds, remarks.
     """
     stages = report["stages"]
     original = (stages[0].get("cost") or {}).get("bytes") if stages else None
@@ -77,9 +82,10 @@ def _stage_row(stage: Mapping[str, Any], original: float | None) -> Row:
         "ratio": original / stored if original and stored else None,
         "parameters": cost.get("parameters"),
         "visual_tokens": cost.get("visual_tokens"),
-        "flops": _sum(flops, "vision", "prefill"),
-        "latency_ms": _sum(latency, "vision", "prefill"),
+        "flops": _sum(flops, *FIRST),
+        "latency_ms": _sum(latency, *FIRST),
         "decode_ms": latency.get("decode_per_token"),
+        "kv_bytes": cost.get("kv_bytes"),
         "seconds": stage.get("seconds"),
         "remarks": list((stage.get("notes") or {}).get("remarks") or []),
     }
@@ -123,6 +129,10 @@ def headline(report: Mapping[str, Any]) -> list[str]:
     if last["visual_tokens"] != first["visual_tokens"]:
         now, before = amount(last["visual_tokens"]), amount(first["visual_tokens"])
         sentences.append(f"An image is {now} visual tokens now, {before} before.")
+    sentences += first_token(report)
+    if last["kv_bytes"] is not None and last["kv_bytes"] != first["kv_bytes"]:
+        now, before = size(last["kv_bytes"]), size(first["kv_bytes"])
+        sentences.append(f"After a question is read, the cache holds {now} now, {before} before.")
     if last["index"] and last["exact_match"] is not None:
         questions = (report.get("data") or {}).get("check")
         asked = f" on {questions:,} questions" if questions else ""
@@ -141,6 +151,20 @@ def headline(report: Mapping[str, Any]) -> list[str]:
         place = f"stage {stop['index']}, {stop['pass']}"
         sentences.append(f"The run stopped at {place}{because}. What lies here is {held}.")
     return sentences
+
+
+def first_token(report: Mapping[str, Any]) -> list[str]:
+    """Where the original's time to the first token goes, and what that means for visual tokens."""
+    took = ((report["stages"][0].get("cost") or {}).get("latency_ms")) or {}
+    total = _sum(took, *FIRST)
+    if not total or took.get("vision") is None:
+        return []
+    shares = ", ".join(f"{100 * took[part] / total:.0f} % {name}" for part, name in FIRST.items() if took.get(part))
+    if took["vision"] > took["prefill"]:
+        advice = "fewer visual tokens are felt where they are cut inside the tower, or by smaller pictures"
+    else:
+        advice = "fewer visual tokens are felt where they are cut before the language model"
+    return [f"The original's time to the first token, {total:.1f} ms, is {shares}: {advice}."]
 
 
 def _retried(stage: Mapping[str, Any]) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from ...calib.shown import Shown
 from ...compress.errors import WorkFailed
 
 if TYPE_CHECKING:
@@ -19,6 +20,9 @@ T = TypeVar("T")
 
 def split(batch: Batch, size: int) -> list[Batch]:
     """`batch` in runs of at most `size` samples; whole where its tensors do not all have one row a sample."""
+    if isinstance(batch, Shown):
+        mine, theirs = split(dict(batch), size), split(batch.original, size)
+        return [Shown(a, b) for a, b in zip(mine, theirs)] if len(mine) == len(theirs) else [batch]
     rows = len(batch["labels"])
     tensors = [v for v in batch.values() if isinstance(v, Tensor)]
     if rows <= size or len(tensors) < len(batch) or any(len(t) != rows for t in tensors):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ...calib.shown import Shown, as_original
 from ...calib.stats import Kept, input_masks
 from ...compress.errors import WorkFailed
 from ...compress.runtime.reduce import installed
@@ -119,19 +120,24 @@ def pair(view: ModelView, batch: Batch, mapped: Mapped, mine: Seen, theirs: Seen
     last = [ref for ref in mapped.here.linears if ref.role not in ("cross.k", "cross.v")][-1]
     masks = input_masks(view, batch, last, mine.kept)
     here, there = _flat(mine.states[number], mapped.here), _flat(theirs.states[number], mapped.there)
-    if mine.kept is not None and last.path.startswith(view.decoder_path + "."):  # the original saw all tokens
+    real = torch.ones(len(here), dtype=torch.bool) if masks is None else ~masks.padding.flatten()
+    real_there = real
+    if isinstance(batch, Shown):  # the original has other visual tokens: what both have in common is text
+        masks_there = input_masks(view, batch.original, last)
+        assert masks is not None and masks_there is not None  # of a decoder: `Features.requires`
+        real, real_there = masks.text.flatten(), masks_there.text.flatten()
+    elif mine.kept is not None and last.path.startswith(view.decoder_path + "."):  # the original saw all tokens
         places = mine.kept[0].to(there.device)
         starts = torch.arange(len(places), device=there.device) * (len(there) // len(places))
         there = there[(places + starts[:, None]).flatten()]
-    real = torch.ones(len(here), dtype=torch.bool) if masks is None else ~masks.padding.flatten()
-    if not len(here) == len(there) == len(real):
+    if len(here) != len(real) or len(there) != len(real_there) or int(real.sum()) != int(real_there.sum()):
         raise WorkFailed(
             "the states of the original and of the small model do not belong to the same tokens",
             where=mapped.here.name,
             found=f"{len(here)} here, {len(there)} in the original, {len(real)} in the batch",
             change="leave this unit out of 'features'",
         )
-    here, there = here[real.to(here.device)], there[real.to(there.device)]
+    here, there = here[real.to(here.device)], there[real_there.to(there.device)]
     if mapped.channels is not None:
         there = there[:, torch.tensor(mapped.channels, device=there.device)]
     return here, there
@@ -164,7 +170,7 @@ class Teacher:
         if known is not None:
             return known
         with torch.no_grad():
-            seen = observe(self.view, batch, self._units, self._visual)
+            seen = observe(self.view, as_original(batch), self._units, self._visual)
         if id(batch) in self._again and seen.size <= self._room:
             self._room -= seen.size
             self._known[id(batch)] = seen

@@ -58,9 +58,17 @@ class Blocks(Distill):
     token_weights: Literal["balanced", "gradient", "uniform", "text"] = "balanced"
 
     def requires(self, model: ModelView, ctx: Context) -> None:
+        from ...calib.shown import differs
+
         super().requires(model, ctx)
         if not self.selected(model):
             raise Unmet(f"{self.name} finds no linear to walk to", where=f"train: {self.train}", found="none")
+        if differs(ctx.fit):
+            raise Unmet(
+                f"{self.name} compares blocks token by token",
+                found="the original is shown other pictures, so its tokens are others",
+                change="distill.logits, or distill.features of the language model",
+            )
         with ctx.teacher() as original:
             self._mapped(model, original)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ...compress.base import Context
+from ...compress.errors import Unmet
 from .logits import Logits
 
 if TYPE_CHECKING:
@@ -23,7 +24,8 @@ class Features(Logits):
     The loss is the mean distance of the hidden states of mapped blocks, on tokens that are no padding, plus `weight`
     times the loss of `distill.logits`. A block is compared with the block of the original that it once was, whatever
     blocks around it were removed; after a token pass the tokens that are left are compared with the same ones of the
-    original. Training, validation and what is kept are those of `distill.logits`.
+    original, and where the original is shown larger pictures (`tokens.resolution`), those of text. Training, validation
+    and what is kept are those of `distill.logits`.
 
     Settings:
         features: selector of the blocks (and connectors) whose outputs are compared.
@@ -65,9 +67,19 @@ class Features(Logits):
             raise ValueError(f"weight is not negative, not {self.weight}")
 
     def requires(self, model: ModelView, ctx: Context) -> None:
+        from ...calib.shown import differs
+
         super().requires(model, ctx)
         with ctx.teacher() as original:
-            self.watched(model, original)
+            watched = self.watched(model, original)
+        pictures = [unit.here.name for unit in watched if unit.here.tokens == "image"]
+        if pictures and differs(ctx.fit):
+            raise Unmet(
+                f"{self.name} finds nothing to compare these states with",
+                where=pictures[0],
+                found="the original is shown other pictures, so its visual tokens are others",
+                change="features: language",
+            )
 
     def watched(self, model: ModelView, original: ModelView) -> list[Mapped]:
         from ._mapping import mapped

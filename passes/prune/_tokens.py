@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...calib.rows import file_samples, read_text
+from ...compress import processors
 from ...compress.errors import DataError, Unmet, did_you_mean
 from ...compress.vocabulary import Numbering, each_id, is_id_key
 from ._vocabulary import Spec, closed, everything, misread, obstacle, scripts, trimmed
@@ -221,12 +221,8 @@ def remade(view: ModelView, spec: Spec, numbering: Numbering) -> Any:
     Raises:
         Unmet: stock transformers do not load it.
     """
-    from transformers import AutoProcessor
 
-    with tempfile.TemporaryDirectory(prefix="svlm-processor-") as name:
-        folder = Path(name)
-        view.model.config.save_pretrained(folder)  # it names the processor where the processor's own files do not
-        view.processor.save_pretrained(folder)
+    def edit(folder: Path) -> None:
         for other in set(view.processor.tokenizer.vocab_files_names.values()) - {"tokenizer.json"}:
             (folder / other).unlink(missing_ok=True)
         for file in folder.glob("*.json"):
@@ -234,12 +230,8 @@ def remade(view: ModelView, spec: Spec, numbering: Numbering) -> Any:
                 told = json.loads(file.read_text(encoding="utf-8"))
                 file.write_text(json.dumps(_told_anew(told, numbering), ensure_ascii=False), encoding="utf-8")
         (folder / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False), encoding="utf-8")
-        try:
-            return AutoProcessor.from_pretrained(folder)
-        except Exception as error:  # transformers and tokenizers raise many kinds
-            raise Unmet(
-                "the processor with fewer tokens does not load", found=f"{type(error).__name__}: {error}"
-            ) from error
+
+    return processors.remade(view.processor, view.model.config, edit)
 
 
 def _told_anew(value: Any, numbering: Numbering) -> Any:

@@ -189,6 +189,7 @@ class Layers(Pass):
         from ...calib.balance import answer_logits
         from ...calib.metrics.divergence import kl, log_probabilities
         from ...calib.replay import patched, recording, replaying, samples
+        from ...calib.shown import as_original
         from ._depth import lacking, without
 
         def answers(view: ModelView, batch: Any) -> torch.Tensor:
@@ -208,7 +209,7 @@ class Layers(Pass):
         with ctx.teacher() as original, evaluating(model.model):
             answers(model, batches[0])  # transformers hooks the blocks that are there when a model first runs
             for batch in batches:
-                wanted = answers(original, batch)
+                wanted = answers(original, as_original(batch))
                 tokens += len(wanted)
                 seen: list[Any] = []
                 if replayed:

@@ -167,13 +167,14 @@ class Vocabulary(Pass):
         """The probability that the original gives to the other tokens, on the answers of the fit split."""
         import torch
 
+        from ...calib.shown import as_original
         from ..distill._observe import answer_logits, has_answer
 
         found = []
         with ctx.teacher() as original, torch.no_grad():
             for batch in ctx.fit:
                 if has_answer(original, batch):
-                    gone = answer_logits(original, batch).double().softmax(-1)
+                    gone = answer_logits(original, as_original(batch)).double().softmax(-1)
                     gone[:, list(kept)] = 0
                     found.append(gone.sum(-1))
         if not found:

@@ -41,8 +41,9 @@ def test_flops_of_the_demo_model_by_hand(demo: ModelView, batch: dict[str, torch
     tokens, visual = batch["input_ids"].shape[1], 64
     head = text.vocab_size * text.hidden_size
     span = text.num_hidden_layers * text.num_attention_heads * text.head_dim  # two products of this width by key
-    first = products(demo, "language") * tokens + products(demo, "connector") * visual + head + 2 * span * tokens**2
+    first = products(demo, "language") * tokens + head + 2 * span * tokens**2
     assert found["prefill"] == pytest.approx(2 * first, rel=1e-3)
+    assert found["connector"] == 2 * products(demo, "connector") * visual
     token = products(demo, "language") + head + 2 * span * (tokens + 1)
     assert found["decode"] == pytest.approx(2 * token, rel=1e-3)
     patches = visual + 1
@@ -59,7 +60,12 @@ def test_sizes_and_times(demo: ModelView, batch: dict[str, torch.Tensor]) -> Non
     assert found["bytes_by_part"] == {part: stored for part, (_, stored) in part_sizes(demo).items()}
     assert sum(found["parameters_by_part"].values()) == found["parameters"]
     assert cost(demo, batch, latency=False)["bytes"] == sum(found["bytes_by_part"].values())
-    assert set(found["latency_ms"]) == {"vision", "prefill", "decode_per_token"}
+    times = found["latency_ms"]
+    assert set(times) == {"vision", "connector", "prefill", "first_token", "decode_per_token"}
+    assert times["first_token"] == pytest.approx(times["vision"] + times["connector"] + times["prefill"], rel=0.3)
+    text = demo.model.config.text_config
+    held = 2 * 4 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim  # float32 here
+    assert found["kv_bytes"] == held * batch["input_ids"].shape[1]
     assert all(value >= 0 for value in found["latency_ms"].values()) and found["latency_ms"]["vision"] > 0.1
     assert found["peak_rss_bytes"] > 10**8
     json.dumps(found, allow_nan=False)
@@ -76,6 +82,28 @@ def test_half_the_visual_tokens_cost_less(demo: ModelView, batch: dict[str, torc
     assert half["flops"]["prefill"] < 0.65 * full["flops"]["prefill"]
     assert half["flops"]["decode"] < full["flops"]["decode"], "a shorter cache"
     assert half["flops"]["vision"] == full["flops"]["vision"]
+    length = batch["input_ids"].shape[1]
+    assert half["kv_bytes"] == full["kv_bytes"] * (length - 32) // length
+
+
+def test_a_choice_counts_as_vision_and_a_connector_inside_the_tower_as_itself() -> None:
+    view, one = view_of(zoo.model("qwen2-vl")), zoo.batch("qwen2-vl", samples=1)
+    plain = cost(view, one, latency=False)["flops"]
+    assert plain["connector"] == 2 * products(view, "connector") * 4, "four groups of four patches"
+    apply_pass(passes.find("tokens.dpp").from_settings({"keep": 0.5}), view, Context((one,), None, None))
+    chosen = cost(view, one, latency=False)["flops"]
+    assert chosen["connector"] == plain["connector"] and chosen["prefill"] < plain["prefill"]
+    kernel = 2 * 4 * 4 * 32  # of four tokens of width 32
+    assert kernel <= chosen["vision"] - plain["vision"] <= 4 * kernel
+    assert view.model.model.language_model.visual_token_reduction.choose.__name__ == "choose", "as it was"
+
+
+def test_packed_keys_and_values_take_fewer_bytes(demo: ModelView, batch: dict[str, torch.Tensor]) -> None:
+    small = load_model("demo")
+    step = passes.find("quantize.kv_cache").from_settings({"group": 16, "residual": 16})
+    nothing = Context((batch,), lambda *a, **k: None, lambda: None, progress=Silent())
+    apply_pass(step, small, nothing)
+    assert cost(small, batch, latency=False)["kv_bytes"] < 0.6 * cost(demo, batch, latency=False)["kv_bytes"]
 
 
 def test_slow_models_are_timed_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,9 +119,11 @@ def test_slow_models_are_timed_less_often(monkeypatch: pytest.MonkeyPatch) -> No
 def test_every_family_can_be_measured(family: str) -> None:
     view, one = view_of(zoo.model(family)), zoo.batch(family, samples=1)
     found = cost(view, one, latency=False)
-    assert found["latency_ms"] == {"vision": None, "prefill": None, "decode_per_token": None}
+    assert set(found["latency_ms"].values()) == {None}
     flops = found["flops"]
+    assert flops.pop("connector") is None or flops["vision"] or "connector" not in view.parts
     assert all(value > 0 for value in flops.values())
+    assert (found["kv_bytes"] or 0) > 0 or family == "trocr", "whose decoder has no cache"
     assert flops["decode"] < flops["prefill"] + flops["vision"]
     assert found["visual_tokens"] == view.visual_tokens(one)[0]
     assert found["parameters"] == view.model.num_parameters()

@@ -11,7 +11,8 @@ from svlm.passes.bench import Contestant, compare, lines, one_round, phases, sen
 
 
 def row(vision: float, prefill: float, token: float, whole: float, wall: float = 1.0) -> dict:
-    cpu = {"vision": vision, "prefill": prefill, "decode_per_token": token, "end_to_end": whole}
+    cpu = {"vision": vision, "prefill": prefill, "first_token": vision + prefill, "decode_per_token": token}
+    cpu["end_to_end"] = whole
     return {"ms": {k: v * wall for k, v in cpu.items()}, "cpu_ms": cpu, "bytes": 100, "peak_rss_bytes": 1000}
 
 
@@ -20,6 +21,7 @@ def test_phases_are_differences() -> None:
     assert made == {
         "vision": (10.0, 9.0),
         "prefill": (5.0, 5.0),
+        "first_token": (15.0, 14.0),
         "decode_per_token": (2.0, 2.0),
         "end_to_end": (77.0, 76.0),
     }
@@ -28,12 +30,12 @@ def test_phases_are_differences() -> None:
 def test_ratios_and_where_it_does_not_pay() -> None:
     made = compare({"against": row(10, 5, 2, 77), "out": row(5, 10, 0.5, 76.9) | {"bytes": 25}})
     assert made["clock"] == "ms"
-    assert made["ratio"] == pytest.approx(
-        {"vision": 0.5, "prefill": 2.0, "decode_per_token": 0.25, "end_to_end": 76.9 / 77, "bytes": 0.25, "peak_rss": 1}
-    )
+    wanted = {"vision": 0.5, "prefill": 2.0, "first_token": 1.0, "decode_per_token": 0.25, "end_to_end": 76.9 / 77}
+    assert made["ratio"] == pytest.approx(wanted | {"bytes": 0.25, "peak_rss": 1})
     assert made["says"] == [
         "The vision tower is 2.00 times faster than the original.",
         "Compression does not pay for reading the prompt on this machine: 2.00 times the original's time.",
+        "Compression makes no difference for the time to the first token on this machine.",
         "Each further token is 4.00 times faster than the original.",
         "Compression makes no difference for a whole answer on this machine.",
     ]
@@ -47,7 +49,8 @@ def test_cpu_time_counts_where_others_hold_the_processor() -> None:
 
 
 def test_more_memory_is_said() -> None:
-    said = sentences({"vision": None, "prefill": 1, "decode_per_token": 1, "end_to_end": 1, "peak_rss": 1.5}, False)
+    same = {"vision": None, "prefill": 1, "first_token": 1, "decode_per_token": 1, "end_to_end": 1}
+    said = sentences(same | {"peak_rss": 1.5}, False)
     assert said[-1].startswith("Loading and answering takes more memory")
 
 

@@ -129,6 +129,7 @@ UNMET["tokens.merge"] = (  # packed pictures with rotary places, attention witho
     "donut",
 )
 UNMET["prune.vocabulary"] = FAMILIES  # the zoo has no tokenizers; tests/compress/test_vocabulary.py cuts every family
+UNMET["tokens.resolution"] = FAMILIES  # no processors; tests/passes/tokens/test_resolution.py has those of every family
 UNMET["quantize.kv_cache"] = ("trocr",)  # generates without a cache
 
 
