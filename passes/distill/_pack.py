@@ -9,11 +9,13 @@ the logits are those of separate conversations, which `agrees` checks on the mod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from ...calib.shown import Shown, as_original
 
 if TYPE_CHECKING:
     from ...compress.anatomy import ModelView
@@ -34,6 +36,10 @@ def packed(view: ModelView, batch: Batch) -> Batch:
         `input_ids`, `labels`, `position_ids` [pictures, L], `attention_mask` [pictures, 1, L, L] (bool, True where a
         token sees another; padding sees itself alone), the others with a row a picture.
     """
+    if isinstance(batch, Shown):  # both sides as one, or neither
+        mine, theirs = packed(view, dict(batch)), packed(view, batch.original)
+        alike = len(mine["labels"]) == len(theirs["labels"]) < len(batch["labels"])
+        return Shown(mine, theirs) if alike else batch
     if view.family.seq2seq or view.image_token_id is None or not set(TEXTS) <= set(batch):
         return batch
     ids, real = batch["input_ids"], batch["attention_mask"].bool()
@@ -94,17 +100,18 @@ def sees(segments: Tensor) -> Tensor:
     return (torch.where(real, (same | shared) & causal, alone))[:, None]
 
 
-def agrees(views: Sequence[ModelView], batch: Batch, logits: Callable[[ModelView, Batch], Tensor]) -> bool:
-    """Whether all `views` say of `batch`, packed, what they say of its samples one by one.
+def agrees(model: ModelView, original: ModelView, batch: Batch, logits: Callable[[ModelView, Batch], Tensor]) -> bool:
+    """Whether both models say of `batch`, packed, what they say of its samples one by one.
 
     Args:
         batch: one that `packed` changes. logits: of a model at a batch's answer tokens, [answer tokens, vocabulary],
             row-major.
     """
-    for view in views:
+    tight = packed(model, batch)
+    for view, separate, together in ((model, batch, tight), (original, as_original(batch), as_original(tight))):
         try:
             with torch.no_grad():
-                one, other = logits(view, batch), logits(view, packed(view, batch))
+                one, other = logits(view, separate), logits(view, together)
         except (ValueError, RuntimeError, TypeError, IndexError):  # whatever its code does not take
             return False
         if one.shape != other.shape or not float((one - other).abs().max()) <= CLOSE * float(one.std()):

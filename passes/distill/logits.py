@@ -230,7 +230,7 @@ class Logits(Distill):
         example = next((batch for batch in batches if packed(model, batch) is not batch), None)
         if example is None:
             return (lambda batch: batch), "no: no neighbouring questions about one picture"
-        if not agrees((model, original), example, answer_logits):
+        if not agrees(model, original, example, answer_logits):
             return (lambda batch: batch), "no: the model answers packed questions differently"
         return (lambda batch: packed(model, batch)), "yes"
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from svlm.calib.shown import Shown
 from svlm.compress.anatomy import view_of
 from svlm.passes.distill._observe import answer_logits
 from svlm.passes.distill._pack import agrees, packed, sees
@@ -52,7 +53,7 @@ def test_packed_questions_have_the_logits_and_the_gradients_of_single_ones(famil
     assert gradients.keys() == packed_gradients.keys()
     for name, gradient in gradients.items():
         torch.testing.assert_close(packed_gradients[name], gradient, rtol=1e-3, atol=1e-3, msg=name)
-    assert agrees([view], batch, answer_logits)
+    assert agrees(view, view, batch, answer_logits)
 
 
 @pytest.mark.parametrize("family", PACKS)
@@ -69,13 +70,13 @@ def test_with_fewer_visual_tokens_too(family: str) -> None:
 def test_a_model_that_answers_packed_questions_differently_is_found_out(family: str) -> None:
     view, batch = view_of(zoo.model(family)), asked(family)
     batch["token_type_ids"] = (batch["input_ids"] == zoo.IMAGE).long()
-    assert packed(view, batch) is not batch and not agrees([view], batch, answer_logits)
+    assert packed(view, batch) is not batch and not agrees(view, view, batch, answer_logits)
 
 
 def test_a_choice_of_tokens_by_the_prompt_is_found_out() -> None:
     view, batch = view_of(zoo.model("llava")), asked("llava")
     DPP(keep=0.25, relevance="prompt").rebuild(view, {})
-    assert not agrees([view], batch, answer_logits)
+    assert not agrees(view, view, batch, answer_logits)
 
 
 @pytest.mark.parametrize("family", ["qwen2-vl", "blip-2-t5", "florence-2"])
@@ -88,6 +89,15 @@ def test_different_pictures_are_never_packed() -> None:
     view, batch = view_of(zoo.model("llava")), zoo.batch("llava", 4)
     batch["input_ids"][:, :6] = batch["input_ids"][0, :6]
     assert packed(view, batch) is batch
+
+
+def test_what_the_original_is_shown_is_packed_alike_or_not_at_all() -> None:
+    view, batch = view_of(zoo.model("llava")), asked("llava")
+    tight = packed(view, Shown(batch, batch))
+    assert isinstance(tight, Shown) and tight.original.keys() == tight.keys()
+    assert all(torch.equal(tight[k], tight.original[k]) and len(tight[k]) == 2 for k in tight)
+    other = Shown(batch, zoo.batch("llava", 5))  # as if only the small pictures were the same
+    assert packed(view, other) is other
 
 
 def test_padding_is_told_from_tokens() -> None:
