@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -92,24 +92,25 @@ class Seen:
         return Seen(self.attention[again], self.keys[again])
 
 
-@dataclass(frozen=True)
-class Reader:
-    """How one block of the tower is read.
+class Inside(NamedTuple):
+    """Paths inside a block, "" where it has none."""
 
-    Attributes:
-        tower, path: of the tower and of the block. norm, q, k, qkv, q_norm, k_norm: paths inside the block ("" where it
-            has none).
-    """
-
-    tower: str
-    path: str
-    cells: Cells
     norm: str
     q: str
     k: str
     qkv: str
     q_norm: str
     k_norm: str
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How one block of the tower is read; `tower` and `path` are those of the tower and of the block."""
+
+    tower: str
+    path: str
+    cells: Cells
+    inside: Inside
     heads: int
     head_dim: int
     rotary: bool
@@ -133,11 +134,9 @@ class Reader:
                 found=f"{type(unit.module).__name__} with no norm before its attention, or heads that share keys",
             )
 
-        def inside(path: str | None) -> str:
-            return path.removeprefix(unit.path + ".") if path else ""
-
-        names = [inside(p) for p in (norm, attention.q, attention.k, attention.qkv, attention.q_norm, attention.k_norm)]
-        return cls(tower, unit.path, cells, *names, attention.n_heads, attention.head_dim, attention.rotary)
+        paths = (norm, attention.q, attention.k, attention.qkv, attention.q_norm, attention.k_norm)
+        names = Inside(*(path.removeprefix(unit.path + ".") if path else "" for path in paths))
+        return cls(tower, unit.path, cells, names, attention.n_heads, attention.head_dim, attention.rotary)
 
     @torch.no_grad()
     def look(self, block: nn.Module, args: tuple, kwargs: Mapping[str, Any], grid: Tensor | None) -> Seen:
@@ -172,13 +171,14 @@ class Reader:
 
     def _projected(self, block: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys [images, N, heads, d], not yet rotated."""
-        x = block.get_submodule(self.norm)(hidden)
-        if self.qkv:
-            query, key, _ = block.get_submodule(self.qkv)(x).chunk(3, dim=-1)
+        at = block.get_submodule
+        x = at(self.inside.norm)(hidden)
+        if self.inside.qkv:
+            query, key, _ = at(self.inside.qkv)(x).chunk(3, dim=-1)
         else:
-            query, key = block.get_submodule(self.q)(x), block.get_submodule(self.k)(x)
-        if self.q_norm:
-            query, key = block.get_submodule(self.q_norm)(query), block.get_submodule(self.k_norm)(key)
+            query, key = at(self.inside.q)(x), at(self.inside.k)(x)
+        if self.inside.q_norm:
+            query, key = at(self.inside.q_norm)(query), at(self.inside.k_norm)(key)
         return query.unflatten(-1, (self.heads, -1)), key.unflatten(-1, (self.heads, -1))
 
 

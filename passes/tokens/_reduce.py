@@ -103,7 +103,7 @@ class Reduce(Pass):
 
     def apply(self, model: ModelView, ctx: Context) -> Notes:
         reduction = self._install(model)
-        counts = sorted({tokens for batch in ctx.fit for tokens in _image_sizes(model, reduction, batch)})
+        counts = sorted({tokens for batch in ctx.fit for tokens in _image_sizes(reduction, batch)})
         kept = [reduction.kept(tokens) for tokens in counts]
         record: dict[str, Json] = {"keep": self.keep, "kept_per_image": kept[0] if len(set(kept)) == 1 else None}
         numbers: dict[str, Json] = {"tokens_per_image": counts, "kept_per_image": kept}
@@ -156,7 +156,7 @@ class Reduce(Pass):
         return {"pass": self.name, **self.settings()}
 
 
-def _image_sizes(model: ModelView, reduction: Reduction, batch: Mapping[str, Tensor]) -> set[int]:
+def _image_sizes(reduction: Reduction, batch: Mapping[str, Tensor]) -> set[int]:
     """Tokens of the images in a batch."""
-    rows = reduction.image_lengths(batch["input_ids"] == model.image_token_id)
+    rows = reduction.image_lengths(batch["input_ids"].eq(reduction.image_token_id))
     return {tokens for row in rows for tokens in row}
