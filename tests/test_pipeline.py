@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import json
 import os
 import shutil
@@ -103,6 +104,31 @@ def test_verify_from_disk_gives_the_figures_of_the_run(data, tmp_path):
     checked = api.verify(out, "demo", "demo", batch_size=16)
     for key in ("exact_match", "kl", "agreement"):
         assert checked["quality"][key] == report["stages"][-1]["quality"][key], key
+
+
+def test_a_choice_of_tokens_beside_its_controls(data, tmp_path):
+    """Each control is what its own run measures; the report says plainly where the choice is no better."""
+    asked = {"keep": 0.25, "against_controls": True}
+    report = run(recipe({"tokens.dpp": asked, "gate": None}), data, tmp_path / "out")
+    stage = report["stages"][-1]
+    names = ["tokens.random", "tokens.grid", "tokens.resolution"]
+    assert [control["pass"] for control in stage["controls"]] == names
+    alone = run(recipe({"tokens.random": {"keep": 0.25}, "gate": None}), data, tmp_path / "alone")["stages"][-1]
+    control = stage["controls"][0]
+    assert control["quality"] == {key: alone["quality"][key] for key in ("exact_match", "kl", "agreement")}
+    assert control["visual_tokens"] == alone["cost"]["visual_tokens"] == stage["cost"]["visual_tokens"]
+    mine, its = (s["quality"]["exact_match"]["value"] for s in (stage, control))
+    assert control["ahead"]["delta"] == pytest.approx(mine - its)
+    low, high = control["ahead"]["ci95"]
+    assert low <= control["ahead"]["delta"] <= high
+    shown = html.unescape((tmp_path / "out" / "report.html").read_text())
+    told = stage["notes"].get("remarks", [])
+    for row in stage["controls"]:
+        behind = "skipped" in row or row["ahead"]["delta"] <= 0 or row["ahead"]["ci95"][0] <= 0
+        assert any(row["pass"] in remark for remark in told) == behind
+        assert "skipped" in row or f"in its place: {row['pass']}" in shown
+    assert all(remark in shown for remark in told)
+    assert alone["controls"] == [] and "remarks" not in alone["notes"]
 
 
 def test_a_failed_gate_stops_and_out_holds_the_stage_before(data, tmp_path):

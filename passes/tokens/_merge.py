@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
-from ._select import bands, cosines, precise
+from ._select import bands, precise
 
 
 def cells(shape: tuple[int, int], k: int) -> tuple[Tensor, Tensor]:
@@ -68,29 +68,35 @@ def apet(features: Tensor, k: int, basis: int = 10) -> tuple[Tensor, Tensor]:
         features: [images, T, D]. k: fewer than T. basis: at most the T - k tokens that go.
     """
     x = features.to(precise(features))
-    spread = farthest(x, min(basis, x.shape[1] - k))
-    stays = residual(x, spread).argsort(dim=1, descending=True, stable=True)[:, :k]
-    return joined(stays[:, :0], stays, cosines(features))
+    gram = x @ x.transpose(1, 2)  # all that follows is about these products: T x T instead of T x D
+    spread = farthest(gram, min(basis, x.shape[1] - k))
+    stays = residual(gram, spread).argsort(dim=1, descending=True, stable=True)[:, :k]
+    length = gram.diagonal(dim1=1, dim2=2).sqrt().clamp_min(torch.finfo(gram.dtype).tiny)
+    return joined(stays[:, :0], stays, gram / (length[:, :, None] * length[:, None]))
 
 
-def farthest(x: Tensor, m: int) -> Tensor:
-    """m positions [images, m] spread over the points [images, T, D], in the order in which they were taken."""
-    rows = torch.arange(len(x), device=x.device)
-    taken = [(x - x.mean(dim=1, keepdim=True)).square().sum(-1).argmax(dim=1)]
-    nearest = torch.full_like(x[..., 0], math.inf)
+def farthest(gram: Tensor, m: int) -> Tensor:
+    """m positions [images, m] spread over the points with these inner products [images, T, T], in the order taken."""
+    square = gram.diagonal(dim1=1, dim2=2)
+    rows = torch.arange(len(gram), device=gram.device)
+    taken = (square - 2 * gram.mean(2)).argmax(dim=1, keepdim=True)  # distance to the mean, less a constant
+    nearest = torch.full_like(square, math.inf)
     for _ in range(m - 1):
-        nearest = torch.minimum(nearest, (x - x[rows, taken[-1]][:, None]).square().sum(-1))
-        taken.append(nearest.argmax(dim=1))
-    return torch.stack(taken, dim=1)
+        last = taken[:, -1]
+        nearest = torch.minimum(nearest, square + square[rows, last, None] - 2 * gram[rows, last])
+        taken = torch.cat([taken, nearest.scatter(1, taken, -math.inf).argmax(dim=1, keepdim=True)], dim=1)
+    return taken
 
 
-def residual(x: Tensor, spread: Tensor) -> Tensor:
-    """Squared error [images, T] of each point as the best combination of those at `spread` [images, m]."""
-    basis = x.gather(1, spread[..., None].expand(-1, -1, x.shape[2]))
-    inverse = torch.linalg.pinv(basis @ basis.transpose(1, 2), hermitian=True)  # m x m; two of them may be alike
-    combination = x @ basis.transpose(1, 2) @ inverse
-    error = (x - combination @ basis).square().sum(-1)
-    return error.scatter(1, spread, 0)  # exact by definition: no rounding error may rank them
+def residual(gram: Tensor, spread: Tensor) -> Tensor:
+    """Squared error [images, T] of each point as the best combination of those at `spread` [images, m].
+
+    ``x.x - c G^+ c`` where c are the point's inner products with those at `spread`, and G is theirs.
+    """
+    c = gram.gather(1, spread[..., None].expand(-1, -1, gram.shape[2])).transpose(1, 2)
+    own = c.gather(1, spread[..., None].expand(-1, -1, spread.shape[1]))
+    explained = (c @ torch.linalg.pinv(own, hermitian=True) * c).sum(2)  # m x m; two of them may be alike
+    return (gram.diagonal(dim1=1, dim2=2) - explained).clamp_min(0).scatter(1, spread, 0)
 
 
 def joined(alone: Tensor, targets: Tensor, alike: Tensor, add: bool = False) -> tuple[Tensor, Tensor]:

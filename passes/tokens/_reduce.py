@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ...compress.runtime.reduce import Reduction
     from ...compress.runtime.tower import Reader
 
+CONTROLS = ("tokens.random", "tokens.grid", "tokens.resolution")
 LADDER = (0.125, 0.25, 0.5, 0.75)
 
 
@@ -154,6 +155,21 @@ class Reduce(Pass):
 
     def _label(self) -> dict[str, Json]:
         return {"pass": self.name, **self.settings()}
+
+
+@dataclass(frozen=True)
+class Select(Reduce):
+    """Reduces by a choice that has to beat trivial ones.
+
+    Settings:
+        against_controls: also measure `tokens.random`, `tokens.grid` and `tokens.resolution` in this pass's place, at
+            the same `keep`, on the check split; the report says where they are as good. Takes a measurement each.
+    """
+
+    against_controls: bool = False
+
+    def controls(self) -> tuple[tuple[str, dict[str, Json]], ...]:
+        return tuple((name, {"keep": self.keep}) for name in CONTROLS) if self.against_controls else ()
 
 
 def _image_sizes(reduction: Reduction, batch: Mapping[str, Tensor]) -> set[int]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from ._reduce import Reduce
+from ._reduce import Select
 
 if TYPE_CHECKING:
     from ...compress.runtime.images import Choice, Images
 
 
 @dataclass(frozen=True)
-class ApET(Reduce):
+class ApET(Select):
     """Keep the visual tokens with the largest approximation error, merge the others into them (ApET, CVPR 2026).
 
     A few tokens, spread by farthest-point sampling, are a basis; every other token is written as their combination by
@@ -21,6 +21,8 @@ class ApET(Reduce):
 
     Settings:
         keep: fraction of each image's visual tokens that stay, in (0, 1]; rounded, at least one token an image.
+        against_controls: also measure tokens.random, tokens.grid and tokens.resolution in this pass's place, at the
+            same `keep`, on the check split; the report says where they are as good. Takes a measurement each.
         basis: tokens of the basis (at most as many as go).
     """
 

@@ -5,20 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from ._reduce import Reduce
+from ._reduce import Select
 
 if TYPE_CHECKING:
     from ...compress.runtime.images import Choice, Images
 
 
 @dataclass(frozen=True)
-class DivPrune(Reduce):
+class DivPrune(Select):
     """Keep the visual tokens whose smallest distance to each other is largest, greedily (DivPrune, arXiv 2503.02175).
 
     Distances are 1 - cosine of the connector's outputs. The same tokens whatever is asked.
 
     Settings:
         keep: fraction of each image's visual tokens that stay, in (0, 1]; rounded, at least one token an image.
+        against_controls: also measure tokens.random, tokens.grid and tokens.resolution in this pass's place, at the
+            same `keep`, on the check split; the report says where they are as good. Takes a measurement each.
     """
 
     name: ClassVar[str] = "tokens.divprune"

@@ -5,18 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from ._reduce import Reduce
+from ._reduce import Select
 
 if TYPE_CHECKING:
     from ...compress.runtime.images import Choice, Images
 
 
 @dataclass(frozen=True)
-class DPP(Reduce):
+class DPP(Select):
     """Keep the most diverse visual tokens: greedy MAP of a determinantal point process (CDPruner, arXiv 2506.10967).
 
     Settings:
         keep: fraction of each image's visual tokens that stay, in (0, 1]; rounded, at least one token an image.
+        against_controls: also measure tokens.random, tokens.grid and tokens.resolution in this pass's place, at the
+            same `keep`, on the check split; the report says where they are as good. Takes a measurement each.
         relevance: ``none``: diversity of the connector's outputs alone, the same tokens whatever is asked (several
             questions about one image share them). ``prompt``: tokens are weighted by their mean cosine with the
             language model's embeddings of the prompt's text, scaled to (0, 1] in each image; the sign is positive, more

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from ._reduce import Reduce
+from ._reduce import Select
 
 if TYPE_CHECKING:
     from ...compress.runtime.images import Choice, Images
 
 
 @dataclass(frozen=True)
-class VisionZip(Reduce):
+class VisionZip(Select):
     """Keep the tokens that the vision tower attends to, merge the others by their keys (VisionZip, arXiv 2412.04467).
 
     Attention and keys are those of the tower's last block but one, computed once more from its queries and keys: the
@@ -23,6 +23,8 @@ class VisionZip(Reduce):
 
     Settings:
         keep: fraction of each image's visual tokens that stay, in (0, 1]; rounded, at least one token an image.
+        against_controls: also measure tokens.random, tokens.grid and tokens.resolution in this pass's place, at the
+            same `keep`, on the check split; the report says where they are as good. Takes a measurement each.
         dominant: fraction of those that are kept by attention (54 of 64 in the paper); the others are evenly spaced
             among the rest, each with the tokens whose keys are most like its own merged in.
         merge: ``average``: of all that are merged. ``add``: the mean of the others is added to it, as the paper's code
