@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ...compress.anatomy import ModelView
-    from ...compress.runtime.images import Choice, Images
+    from ...compress.runtime.images import Choice, Choose, Images
     from ...compress.runtime.reduce import Reduction
     from ...compress.runtime.tower import Reader
 
@@ -103,7 +103,7 @@ class Reduce(Pass):
                 )
 
     def apply(self, model: ModelView, ctx: Context) -> Notes:
-        reduction = self._install(model)
+        reduction = self._install(model, self.choose)
         counts = sorted({tokens for batch in ctx.fit for tokens in _image_sizes(reduction, batch)})
         kept = [reduction.kept(tokens) for tokens in counts]
         record: dict[str, Json] = {"keep": self.keep, "kept_per_image": kept[0] if len(set(kept)) == 1 else None}
@@ -111,16 +111,16 @@ class Reduce(Pass):
         return Notes(numbers | {"text_agnostic": not self.wants_relevance()}, record)
 
     def rebuild(self, model: ModelView, record: Mapping[str, Json]) -> None:
-        self._install(model)
+        self._install(model, self.choose)
 
-    def _install(self, model: ModelView) -> Reduction:
+    def _install(self, model: ModelView, choose: Choose) -> Reduction:
         from ...compress.runtime.reduce import Reduction, install
         from ...compress.runtime.tower import Watch
 
         if model.image_token_id is None:
             raise Unmet(f"{self.name}: this model has no image token", where=f"family {model.family.name}")
         reduction = Reduction(
-            self.choose,
+            choose,
             self.keep,
             model.image_token_id,
             self._label(),

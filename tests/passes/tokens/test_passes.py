@@ -81,6 +81,27 @@ def test_text_agnostic_is_told():
     assert asked.numbers["text_agnostic"] is False
 
 
+def test_the_sign_of_the_relevance_is_that_of_the_smallest_loss():
+    batch = zoo.batch("llava", 3)
+    view, step = view_of(zoo.model("llava")), DPP(keep=0.25, relevance="calibrated")
+    notes = step.apply(view, context(batch))
+    losses = {}
+    for sign in (1, -1, 0):
+        other = view_of(zoo.model("llava"))
+        step.rebuild(other, {"sign": sign})
+        out = logits(other.model, batch)[:, :-1]
+        labels = batch["labels"][:, 1:]
+        losses[sign] = float(torch.nn.functional.cross_entropy(out.flatten(0, 1), labels.flatten()))
+        assert notes.numbers["loss_by_sign"][str(sign)] == pytest.approx(losses[sign], rel=1e-5)
+        if sign == notes.record["sign"]:
+            assert torch.equal(logits(view.model, batch), logits(other.model, batch))
+    assert len(set(losses.values())) == 3 and losses[notes.record["sign"]] == min(losses.values())
+    assert notes.numbers["relevance_sign"] == notes.record["sign"]
+    assert notes.numbers["text_agnostic"] == (notes.record["sign"] == 0)
+    view.ledger.add(step, notes.record)
+    step.ensures(view)
+
+
 def test_counts_that_differ_are_recorded_as_such():
     batch = prompts("llava")
     short = {**batch, "input_ids": batch["input_ids"].clone()}
