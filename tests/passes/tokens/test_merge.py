@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -173,6 +174,45 @@ def test_images_side_by_side_are_told_apart():
     apart = {places.shape[1]: places.tolist() for places in runs(visual, 3)}
     assert apart[3] == [[1, 2, 3], [4, 5, 6], [15, 16, 17], [18, 19, 20], [21, 22, 23]]
     assert apart[2] == [[12, 13]] and apart[4] == [[8, 9, 10, 11]]
+
+
+@pytest.mark.parametrize("name", ["llava", "paligemma", "qwen3-vl"])
+def test_merged_rows_with_different_numbers_of_images(name):
+    """Two images in one prompt and one in the other: each row as alone, with a cache as without."""
+    small, batch = carrying(zoo.model(name)), typed(name, two_images(5, name))
+    together, answers = logits(small.model, batch), generate(small.model, batch)
+    assert torch.equal(answers, generate(small.model, batch, use_cache=False))
+    for row, mine in enumerate((slice(0, 2), slice(2, 3))):
+        alone = {k: v[row : row + 1] for k, v in batch.items()}
+        for images in {"pixel_values", "image_grid_thw"} & set(batch):
+            alone[images] = torch.cat(batch[images].chunk(3)[mine])
+        torch.testing.assert_close(logits(small.model, alone)[0], together[row], **CLOSE)
+        assert torch.equal(generate(small.model, alone)[0], answers[row])
+
+
+def test_distillation_trains_through_the_merge():
+    """Features and logits after pooling: the connector, reached only through merged tokens, learns."""
+    from svlm.calib.walk import Walk
+    from svlm.compress.base import Context
+    from svlm.compress.pipeline import apply_pass
+    from svlm.passes.distill.features import Features
+    from svlm.passes.tokens.pool import Pool
+
+    teacher = view_of(zoo.model("llava"))
+    view, data = view_of(zoo.model("llava")), [zoo.batch("llava", 2)]
+
+    @contextmanager
+    def lend():
+        yield teacher
+
+    ctx = Context(data, lambda where=None, **o: Walk(view, data, where, **o), lend)
+    apply_pass(Pool(keep=0.25), view, ctx)
+    before = view.model.model.multi_modal_projector.linear_1.weight.detach().clone()
+    settings = {"steps": 2, "batch_size": 2, "features": ["language"]}
+    notes = apply_pass(Features.from_settings(settings), view, ctx)
+    assert notes.numbers
+    assert not torch.equal(view.model.model.multi_modal_projector.linear_1.weight, before)
+    assert torch.isfinite(logits(view.model, prompts("llava"))).all()
 
 
 def test_two_images_without_text_between_are_two():
