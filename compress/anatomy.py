@@ -90,8 +90,15 @@ PER_IMAGE: dict[str, Callable[[Any], int]] = {
 }
 
 
-CELLS: dict[str, Callable[[Any, int | None], Cells]] = {  # (config, visual tokens of an image)
-    "square": lambda config, tokens: Cells(_patch_grid(config), math.isqrt(_patches(config) // (tokens or 1))),
+def _square_cells(config: Any, tokens: int | None) -> Cells | None:
+    grid = _patch_grid(config)
+    side = math.isqrt(math.prod(grid) // (tokens or 1))
+    whole = side > 0 and all(n % side == 0 for n in grid) and math.prod(grid) == (tokens or 1) * side**2
+    return Cells(grid, side) if whole else None
+
+
+CELLS: dict[str, Callable[[Any, int | None], Cells | None]] = {  # (config, visual tokens of an image)
+    "square": _square_cells,
     "merged": lambda config, _: Cells(side=config.vision_config.spatial_merge_size),
     "windows": lambda config, _: Cells(
         side=config.vision_config.spatial_merge_size,

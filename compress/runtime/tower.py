@@ -43,9 +43,10 @@ class Cells:
     whole: tuple[int, ...] | None = None
 
     def block(self, blocks: int) -> int:
-        """Of a tower's `blocks` the last but one, or the last that attends over the whole picture."""
+        """Of a tower's `blocks` the last but one, or the last that attends over the whole picture, if any does."""
         last = max(0, blocks - 2)
-        return last if self.whole is None or last in self.whole else max(i for i in self.whole if i < blocks)
+        whole = [i for i in self.whole or () if i < blocks]
+        return last if last in whole else max(whole, default=last)
 
     def by_token(self, values: Tensor, grid: Tensor | None) -> Tensor:
         """Means over the patches of each visual token: [images, P, C] to [visual tokens, C].

@@ -172,6 +172,20 @@ def test_refused_where_the_patches_of_a_token_are_not_known(family):
     assert installed(view.model) is None
 
 
+def test_refused_where_no_square_of_patches_makes_a_token():
+    view = view_of(zoo.model("internvl"))
+    assert view.cells() is not None
+    view.model.config.vision_config.image_size = [20, 20]  # 25 patches, 6 tokens
+    with pytest.raises(Unmet, match="one visual token is not known"):
+        VisionZip().requires(view, batches(zoo.batch("internvl")))
+
+
+def test_the_block_that_is_read():
+    assert [tower.Cells().block(n) for n in (1, 2, 24)] == [0, 0, 22]
+    windows = tower.Cells(whole=(7, 15, 23, 31))
+    assert [windows.block(n) for n in (32, 25, 9, 2)] == [31, 23, 7, 0], "a shrunken tower may see windows alone"
+
+
 def test_refused_where_the_prompts_disagree_with_the_config():
     view, batch = view_of(zoo.model("llava")), zoo.batch("llava")
     batch["input_ids"] = torch.cat([batch["input_ids"][:, :3], batch["input_ids"][:, 2:]], dim=1)
