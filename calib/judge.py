@@ -376,6 +376,17 @@ def _on(view: ModelView, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.T
     return {k: v.to(view.model.device) for k, v in batch.items()}
 
 
+def compared(before: Sequence[Mapping[str, Json]], after: Sequence[Mapping[str, Json]]) -> dict[str, Json]:
+    """Exact match of two models' answers to the same questions (`Measurement.items`): `after` less `before`."""
+    was, now = ([item["correct"] for item in items] for items in (before, after))
+    worse, better = (sum(x and not y for x, y in zip(*pair)) for pair in ((was, now), (now, was)))
+    return {
+        "delta": (sum(now) - sum(was)) / len(was),
+        "ci95": list(paired_bootstrap(was, now, [item["image_id"] for item in before])),
+        "mcnemar_p": mcnemar(worse, better),
+    }
+
+
 def _by_tag(samples: Sequence[Sample], was: list[bool], now: list[bool]) -> dict[str, Json]:
     """tag -> value -> n, value, reference, delta of exact match."""
     groups: dict[str, dict[str, list[int]]] = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -16,6 +16,7 @@ from ..compress.base import Batches, Context, Json, Progress, Silent, evaluating
 from .balance import Balance
 from .cost import cost
 from .dataset import CalibrationSet
+from .judge import compared
 from .speech import Speech
 from .walk import Walk
 
@@ -120,6 +121,10 @@ class Workbench:
         """Quality of `view` on the check split against the original, and the answer to every question."""
         measurement = self.speaking(view).judge.measure(view, progress or self.progress)
         return measurement.quality, measurement.items
+
+    def compare(self, before: Sequence[Mapping[str, Json]], after: Sequence[Mapping[str, Json]]) -> dict[str, Json]:
+        """Exact match of two models' answers to the check split (`measure`'s items), paired: delta, ci95, mcnemar_p."""
+        return compared(before, after)
 
     def cost(self, view: ModelView, bytes_on_disk: int | None) -> dict[str, Json]:
         """report.json's `cost`."""

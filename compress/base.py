@@ -117,6 +117,10 @@ class Pass:
         """The next rung of the ladder that `on_fail: retry` walks: a milder copy, or None at the end."""
         return None
 
+    def controls(self) -> tuple[tuple[str, dict[str, Json]], ...]:
+        """Passes (name, settings) to be measured in this one's place: it has to beat them. Costs a measurement each."""
+        return ()
+
     def brief(self) -> Self:
         """The same pass with the least work, for the rehearsal before a long run."""
         return self

@@ -39,12 +39,14 @@ class Layout:
         head_dim: dotted attribute of the block that holds the width of one attention head.
         rotary: whether queries and keys are rotated by position.
         norms_if: dotted attribute of the block; the steps' norms hold only where it is true.
+        qk_norms: modules that queries and keys, heads not yet split, pass through before attention.
     """
 
     steps: tuple[Step, ...]
     head_dim: str | None = None
     rotary: bool = False
     norms_if: str | None = None
+    qk_norms: tuple[str, ...] = ()
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any], where: str = "") -> Layout:
@@ -53,7 +55,7 @@ class Layout:
         Raises:
             ModelError: an unknown key or role.
         """
-        _only(data, {"steps", "head_dim", "rotary", "norms_if"}, where)
+        _only(data, {"steps", "head_dim", "rotary", "norms_if", "qk_norms"}, where)
         steps = []
         for row in data["steps"]:
             _only(row, {"norm", "linears"}, where)
@@ -63,7 +65,8 @@ class Layout:
                     raise ModelError(f"no such role: '{role}'", where=where, change=did_you_mean(role, ROLES))
                 pairs += [(role, path) for path in ([paths] if isinstance(paths, str) else paths)]
             steps.append(Step(tuple(pairs), row.get("norm")))
-        return cls(tuple(steps), data.get("head_dim"), bool(data.get("rotary", False)), data.get("norms_if"))
+        rotary, qk_norms = bool(data.get("rotary", False)), tuple(data.get("qk_norms", ()))
+        return cls(tuple(steps), data.get("head_dim"), rotary, data.get("norms_if"), qk_norms)
 
     def to_json(self) -> dict[str, Any]:
         steps = []
@@ -72,7 +75,8 @@ class Layout:
             for role, path in step.linears:
                 linears.setdefault(role, []).append(path)
             steps.append({"norm": step.norm, "linears": linears})
-        return {"steps": steps, "head_dim": self.head_dim, "rotary": self.rotary, "norms_if": self.norms_if}
+        names = ("head_dim", "rotary", "norms_if")
+        return {"steps": steps, **{n: getattr(self, n) for n in names}, "qk_norms": list(self.qk_norms)}
 
 
 def _only(data: Mapping[str, Any], known: set[str], where: str) -> None:
@@ -173,6 +177,7 @@ LAYOUTS: dict[str, Layout] = {
     "InternVLVisionLayer": Layout(
         _attention("layernorm_before", "attention", "projection_layer") + _mlp("layernorm_after", "mlp.fc1", "mlp.fc2"),
         "attention.head_dim",
+        qk_norms=("attention.q_norm", "attention.k_norm"),
     ),
     "PixtralAttentionLayer": Layout(
         _attention("attention_norm", "attention", "o_proj")

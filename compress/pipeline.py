@@ -18,6 +18,7 @@ import torch
 from . import __version__
 from .anatomy import ModelView
 from .base import Context, Json, Notes, Pass, Progress, Silent
+from .controls import Items, beside, remarks
 from .disk import whole_folder, write_json
 from .errors import GateFailed, PromiseBroken, SvlmError, UsageError, WorkFailed
 from .recipe import Recipe, Step
@@ -39,6 +40,8 @@ class Bench(Protocol):
     def rehearsal(self, view: ModelView, teacher: ModelView) -> Context: ...
 
     def measure(self, view: ModelView, progress: Progress) -> tuple[dict[str, Json], list[dict[str, Json]]]: ...
+
+    def compare(self, before: Items, after: Items) -> dict[str, Json]: ...  # answers to the same questions, paired
 
     def cost(self, view: ModelView, bytes_on_disk: int | None) -> dict[str, Json]: ...
 
@@ -159,12 +162,18 @@ class Pipeline:
             }
             _, broken = ask_promises(view, self.find)
             if broken:  # such a model is judged as it is and never saved: its weights may fit no format any more
-                return self._judged(folder, view, facts, bench, step, index, trial, None)
+                return self._judged(folder, view, facts, bench, step, index, trial, None, before)
             _save_applied(folder, view, bench, facts)
-        return self._measured(folder, bench, step, index, trial)
+        return self._measured(folder, bench, step, index, trial, before)
 
     def _measured(
-        self, folder: StageFolder, bench: Bench, step: Step | None, index: int, trial: Pass | None
+        self,
+        folder: StageFolder,
+        bench: Bench,
+        step: Step | None,
+        index: int,
+        trial: Pass | None,
+        before: StageFolder | None = None,
     ) -> tuple[dict[str, Json], list[dict[str, Json]]]:
         """Load the saved stage, prove that it answers as it did in memory, and judge it."""
         finished = folder.finished()
@@ -173,7 +182,7 @@ class Pipeline:
         view = self._load(folder.model)
         _same_logits(bench.probe(view)["logits"], folder.probe, f"stage {index}", logits_tolerance(view))
         stored = weight_bytes(folder.model)
-        return self._judged(folder, view, folder.apply_facts(), bench, step, index, trial, stored)
+        return self._judged(folder, view, folder.apply_facts(), bench, step, index, trial, stored, before)
 
     def _judged(
         self,
@@ -185,6 +194,7 @@ class Pipeline:
         index: int,
         trial: Pass | None,
         bytes_on_disk: int | None,
+        before: StageFolder | None,
     ) -> tuple[dict[str, Json], list[dict[str, Json]]]:
         """Ask all promises, measure, put the gate's question, and mark the stage finished."""
         kept, broken = ask_promises(view, self.find)
@@ -192,6 +202,12 @@ class Pipeline:
         passed, says = step.gate.judge(quality) if step and step.gate else (True, "no gate")
         if broken:
             passed, says = False, broken
+        controls: list[dict[str, Json]] = []
+        if trial and before and (passed or (step and step.gate and step.gate.on_fail == "keep")):
+            controls = beside(trial, items, lambda *what: self._instead(before, bench, *what), bench, self.progress)
+        notes = dict(facts["notes"])
+        if told := remarks(trial.name, quality["exact_match"]["value"], controls) if trial else []:
+            notes["remarks"] = [*notes.get("remarks", []), *told]
         stage: dict[str, Json] = {
             "index": index,
             "pass": trial.name if trial else None,
@@ -206,11 +222,19 @@ class Pipeline:
             "cost": bench.cost(view, bytes_on_disk),
             "promises": kept,
             "broken_promise": broken,
-            "notes": facts["notes"],
+            "notes": notes,
+            "controls": controls,
             "tries": [],
         }
         folder.finish(stage, items)
         return stage, items
+
+    def _instead(self, before: StageFolder, bench: Bench, name: str, settings: Mapping[str, Json]) -> ModelView:
+        """The stage before with another pass applied, in memory alone."""
+        view = self._load(before.model)
+        ctx = bench.context(view, seed=self.recipe.calibration.seed, scratch=None, progress=self.progress)
+        apply_pass(self.find(name).from_settings(settings), view, ctx, where=f"control {name}")
+        return view
 
     def _load(self, folder: Path) -> ModelView:
         return load_model(folder, find=self.find, **self.load_options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import json
 import os
 import shutil
@@ -15,11 +16,14 @@ import torch
 import svlm
 from svlm import passes
 from svlm.calib.dataset import CalibrationSet
+from svlm.calib.workbench import Workbench
 from svlm.compress import storage
 from svlm.compress.base import Notes, Pass
 from svlm.compress.errors import GateFailed, OutputError, PromiseBroken, RecipeError, SelectorError, Unmet, WorkFailed
+from svlm.compress.pipeline import apply_pass
 from svlm.compress.recipe import Recipe
 from svlm.passes import api
+from svlm.passes.tokens.random import Random
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,34 @@ def test_verify_from_disk_gives_the_figures_of_the_run(data, tmp_path):
     checked = api.verify(out, "demo", "demo", batch_size=16)
     for key in ("exact_match", "kl", "agreement"):
         assert checked["quality"][key] == report["stages"][-1]["quality"][key], key
+
+
+def test_a_choice_of_tokens_beside_its_controls(tmp_path):
+    """Each control is what measuring it alone gives; the report says plainly where the choice is no better."""
+    few = CalibrationSet.load("demo", fit=4, check=16, seed=0)
+    asked = {"keep": 0.25, "against_controls": True}
+    report = run(recipe({"tokens.dpp": asked, "gate": None}), few, tmp_path / "out", rehearse=False)
+    stage = report["stages"][-1]
+    names = ["tokens.random", "tokens.grid", "tokens.resolution"]
+    assert [control["pass"] for control in stage["controls"]] == names and report["stages"][0]["controls"] == []
+    view = svlm.load_view("demo")
+    bench = Workbench(svlm.load_view("demo"), few, batch_size=16, latency=False)
+    apply_pass(Random(keep=0.25), view, bench.context(view))
+    quality, _ = bench.measure(view)
+    control = stage["controls"][0]
+    assert control["quality"] == {key: quality[key] for key in ("exact_match", "kl", "agreement")}
+    assert control["visual_tokens"] == stage["cost"]["visual_tokens"]
+    mine, its = (s["quality"]["exact_match"]["value"] for s in (stage, control))
+    assert control["ahead"]["delta"] == pytest.approx(mine - its)
+    low, high = control["ahead"]["ci95"]
+    assert low <= control["ahead"]["delta"] <= high
+    shown = html.unescape((tmp_path / "out" / "report.html").read_text())
+    told = stage["notes"].get("remarks", [])
+    for row in stage["controls"]:
+        behind = "skipped" in row or row["ahead"]["delta"] <= 0 or row["ahead"]["ci95"][0] <= 0
+        assert any(row["pass"] in remark for remark in told) == behind
+        assert "skipped" in row or f"in its place: {row['pass']}" in shown
+    assert all(remark in shown for remark in told)
 
 
 def test_a_failed_gate_stops_and_out_holds_the_stage_before(data, tmp_path):

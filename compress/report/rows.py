@@ -39,7 +39,7 @@ def stage_rows(report: Mapping[str, Any]) -> list[Row]:
     Returns:
         Rows with index, pass, settings, verdict, in_effect, says, max_drop, the keys of `quality_row`, bytes, ratio
         (original / this), parameters, visual_tokens, flops and latency_ms (up to the first token), decode_ms, kv_bytes,
-        seconds, remarks.
+        seconds, remarks, controls (sentences).
     """
     stages = report["stages"]
     original = (stages[0].get("cost") or {}).get("bytes") if stages else None
@@ -88,7 +88,19 @@ def _stage_row(stage: Mapping[str, Any], original: float | None) -> Row:
         "kv_bytes": cost.get("kv_bytes"),
         "seconds": stage.get("seconds"),
         "remarks": list((stage.get("notes") or {}).get("remarks") or []),
+        "controls": [control_text(control) for control in stage.get("controls") or [] if "skipped" not in control],
     }
+
+
+def control_text(control: Mapping[str, Any]) -> str:
+    """One of a pass's controls in words: what it scored in the pass's place, and how far the pass is ahead."""
+    row, ahead = quality_row(control["quality"]), control["ahead"]
+    low, high = ahead["ci95"]
+    tokens, match = amount(control["visual_tokens"]), percent(row["exact_match"])
+    return (
+        f"{control['pass']} ({tokens} visual tokens): exact match {match}, KL {number(row['kl'], '.3g')}; "
+        f"the pass is ahead by {points(ahead['delta'])} points ({points(low)} to {points(high)})"
+    )
 
 
 def _sum(values: Mapping[str, float], *keys: str) -> float | None:

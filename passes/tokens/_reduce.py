@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from ...compress.base import Context, Json, Notes, Pass
-from ...compress.errors import PromiseBroken, Unmet
+from ...compress.errors import ModelError, PromiseBroken, Unmet
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ...compress.anatomy import ModelView
+    from ...compress.runtime.images import Choice, Choose, Images
+    from ...compress.runtime.reduce import Reduction
+    from ...compress.runtime.tower import Reader
 
+CONTROLS = ("tokens.random", "tokens.grid", "tokens.resolution")
 LADDER = (0.125, 0.25, 0.5, 0.75)
 
 
@@ -25,14 +29,16 @@ class Reduce(Pass):
         keep: fraction of each image's visual tokens that stay, in (0, 1]; rounded, at least one token an image.
     """
 
+    reads_tower: ClassVar[bool] = False  # whether `choose` is given the vision tower's attention and keys
+
     keep: float = 0.5
 
     def __post_init__(self) -> None:
         if not 0 < self.keep <= 1:
             raise ValueError(f"keep is a fraction in (0, 1], not {self.keep}")
 
-    def choose(self, features: Tensor, k: int, relevance: Tensor | None) -> Tensor:
-        """Positions [images, k] of the tokens that stay, ascending, of `features` [images, T, D]."""
+    def choose(self, images: Images, k: int) -> Choice:
+        """Which k tokens of each image stay, and what they become where they are merged."""
         raise TypeError(f"{type(self).__name__} does not define choose")
 
     def wants_relevance(self) -> bool:
@@ -53,26 +59,77 @@ class Reduce(Pass):
                 found=reason,
                 change="leave the pass out for this model",
             )
+        if self.reads_tower:
+            self._reader(model)
+            self._check_images(model, ctx)
 
-    def apply(self, model: ModelView, ctx: Context) -> Notes:
-        from ...compress.runtime.reduce import kept_count
+    def _reader(self, model: ModelView) -> Reader:
+        """Where the vision tower is read.
 
-        counts = sorted({tokens for batch in ctx.fit for tokens in _image_sizes(model, batch)})
-        kept = {kept_count(tokens, self.keep) for tokens in counts}
-        record: dict[str, Json] = {"keep": self.keep, "kept_per_image": kept.pop() if len(kept) == 1 else None}
-        self.rebuild(model, record)
-        return Notes(
-            numbers={"tokens_per_image": counts, "kept_per_image": [kept_count(t, self.keep) for t in counts]},
-            record=record,
+        Raises:
+            Unmet: which patches become which visual token is not known, or the tower's attention is not.
+        """
+        from ...compress.runtime.tower import Reader
+
+        cells = model.cells()
+        reason = "which of the tower's patches become one visual token is not known from the model's config"
+        if cells is not None:
+            try:
+                return Reader.of(model.tower_path, [u for u in model.parts["vision"] if u.stack is not None], cells)
+            except ModelError as error:
+                reason = str(error)
+        raise Unmet(
+            f"{self.name} cannot read this model's vision tower",
+            where=f"family {model.family.name}",
+            found=reason,
+            change="choose visual tokens by their features: tokens.divprune, tokens.dpp, tokens.apet",
         )
 
+    def _check_images(self, model: ModelView, ctx: Context) -> None:
+        """The prompts' images have as many visual tokens as the config says."""
+        from ...compress.runtime.images import runs
+
+        per_image = model.per_image()
+        if per_image is None:
+            return
+        for batch in ctx.fit[:1]:
+            found = {places.shape[1] for places in runs(batch["input_ids"] == model.image_token_id, per_image)}
+            if found - {per_image}:
+                raise Unmet(
+                    f"{self.name} cannot tell which patches become which visual token",
+                    where=f"family {model.family.name}",
+                    found=f"images of {sorted(found)} tokens in the prompts, {per_image} by the config",
+                    change="choose visual tokens by their features: tokens.divprune, tokens.dpp, tokens.apet",
+                )
+
+    def apply(self, model: ModelView, ctx: Context) -> Notes:
+        reduction = self._install(model, self.choose)
+        counts = sorted({tokens for batch in ctx.fit for tokens in _image_sizes(reduction, batch)})
+        kept = [reduction.kept(tokens) for tokens in counts]
+        record: dict[str, Json] = {"keep": self.keep, "kept_per_image": kept[0] if len(set(kept)) == 1 else None}
+        numbers: dict[str, Json] = {"tokens_per_image": counts, "kept_per_image": kept}
+        return Notes(numbers | {"text_agnostic": not self.wants_relevance()}, record)
+
     def rebuild(self, model: ModelView, record: Mapping[str, Json]) -> None:
+        self._install(model, self.choose)
+
+    def _install(self, model: ModelView, choose: Choose) -> Reduction:
         from ...compress.runtime.reduce import Reduction, install
+        from ...compress.runtime.tower import Watch
 
         if model.image_token_id is None:
             raise Unmet(f"{self.name}: this model has no image token", where=f"family {model.family.name}")
-        reduction = Reduction(self.choose, self.keep, model.image_token_id, self._label(), self.wants_relevance())
+        reduction = Reduction(
+            choose,
+            self.keep,
+            model.image_token_id,
+            self._label(),
+            prompt=self.wants_relevance(),
+            per_image=model.per_image() or 0,
+            watch=Watch(self._reader(model)) if self.reads_tower else None,
+        )
         install(model.model, model.decoder_path, reduction)
+        return reduction
 
     def ensures(self, model: ModelView) -> None:
         from ...compress.runtime.reduce import installed
@@ -83,7 +140,9 @@ class Reduce(Pass):
         elif reduction.label != self._label():
             found = f"another one: {reduction.label}"
         elif not reduction.attached_to(model.model, model.decoder_path):
-            found = "its hooks on the decoder are gone"
+            found = "its hooks on the model are gone"
+        elif reduction.watch is not None and reduction.watch.reader != self._reader(model):
+            found = f"it reads {reduction.watch.reader.path}, no longer the tower's last block but one"
         else:
             return
         raise PromiseBroken(
@@ -98,9 +157,22 @@ class Reduce(Pass):
         return {"pass": self.name, **self.settings()}
 
 
-def _image_sizes(model: ModelView, batch: Mapping[str, Tensor]) -> set[int]:
-    """Lengths of the runs of image tokens in a batch."""
-    from itertools import groupby
+@dataclass(frozen=True)
+class Select(Reduce):
+    """Reduces by a choice that has to beat trivial ones.
 
-    rows = batch["input_ids"].tolist()
-    return {len(list(run)) for row in rows for token, run in groupby(row) if token == model.image_token_id}
+    Settings:
+        against_controls: also measure `tokens.random`, `tokens.grid` and `tokens.resolution` in this pass's place, at
+            the same `keep`, on the check split; the report says where they are as good. Takes a measurement each.
+    """
+
+    against_controls: bool = False
+
+    def controls(self) -> tuple[tuple[str, dict[str, Json]], ...]:
+        return tuple((name, {"keep": self.keep}) for name in CONTROLS) if self.against_controls else ()
+
+
+def _image_sizes(reduction: Reduction, batch: Mapping[str, Tensor]) -> set[int]:
+    """Tokens of the images in a batch."""
+    rows = reduction.image_lengths(batch["input_ids"].eq(reduction.image_token_id))
+    return {tokens for row in rows for tokens in row}

@@ -118,7 +118,8 @@ CROSS = (
     "trocr",
     "donut",
 )  # where reducing visual tokens is refused, with a reason
-UNMET: dict[str, tuple[str, ...]] = {f"tokens.{name}": CROSS for name in ("dpp", "random", "grid")}
+CHOOSING = ("dpp", "random", "grid", "pool", "divprune", "visionzip", "apet")
+UNMET: dict[str, tuple[str, ...]] = {f"tokens.{name}": CROSS for name in CHOOSING}
 UNMET["tokens.merge"] = (  # packed pictures with rotary places, attention without a mask, windows
     "qwen2-vl",
     "qwen2.5-vl",
@@ -128,6 +129,7 @@ UNMET["tokens.merge"] = (  # packed pictures with rotary places, attention witho
     "florence-2",
     "donut",
 )
+UNMET["tokens.visionzip"] = (*CROSS, "llava-next", "llava-onevision")  # patches of a token: by picture, not by config
 UNMET["prune.vocabulary"] = FAMILIES  # the zoo has no tokenizers; tests/compress/test_vocabulary.py cuts every family
 UNMET["tokens.resolution"] = FAMILIES  # no processors; tests/passes/tokens/test_resolution.py has those of every family
 UNMET["quantize.kv_cache"] = ("trocr",)  # generates without a cache
