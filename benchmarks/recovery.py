@@ -40,6 +40,7 @@ HEAL: dict[str, Any] = {
     "weight": 1.0,
     "batch_size": 128,
     "optimizer": "muon",
+    "average": 0.98,
     "lr": 1.0e-2,
 }
 

@@ -26,6 +26,7 @@ class Distill(Pass):
     where: tuple[str, ...] | str | None = None
     weight_decay: float = 0.0
     optimizer: Literal["adamw", "muon"] = "adamw"
+    average: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -36,6 +37,8 @@ class Distill(Pass):
             raise ValueError(f"lr is above 0, not {self.lr}")
         if not 0 <= self.warmup <= 1 or self.weight_decay < 0:
             raise ValueError("warmup is a share in [0, 1], weight_decay is not negative")
+        if not 0 <= self.average < 1:
+            raise ValueError(f"average is a share in [0, 1), not {self.average}")
         if self.train == "connector" and self.where is not None:
             raise ValueError("train: connector says by itself what trains; leave 'where' out")
 
@@ -107,7 +110,7 @@ class Distill(Pass):
     def plan(self) -> Plan:
         from ._train import Plan
 
-        return Plan(self.steps, self.lr, self.warmup, self.weight_decay, self.optimizer)
+        return Plan(self.steps, self.lr, self.warmup, self.weight_decay, self.optimizer, self.average)
 
     def numbers(self, course: Course) -> dict[str, Json]:
         """How training went."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Literal, TypeVar
 
@@ -42,6 +43,7 @@ class Plan:
     warmup: float
     weight_decay: float
     optimizer: Literal["adamw", "muon"] = "adamw"
+    average: float = 0.0
 
     def optimizers(self, parameters: Sequence[nn.Parameter]) -> list[torch.optim.Optimizer]:
         """AdamW of all `parameters`; or Muon of the matrices, and AdamW of the others at a tenth of its rate."""
@@ -106,10 +108,12 @@ def train(
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     peaks = [group["lr"] for group in groups]
     best = [p.detach().clone() for p in parameters]
-    course = _restore(checkpoint, parameters, best, optimizers, feed)
+    mean = [p.detach().clone() for p in parameters] if plan.average else [p.detach() for p in parameters]
+    more = {"best": best} | ({"mean": mean} if plan.average else {})
+    course = _restore(checkpoint, parameters, more, optimizers, feed)
 
     def check() -> float:
-        with torch.no_grad():
+        with torch.no_grad(), holding(parameters, mean):
             return float(torch.stack([judge(batch) for batch in validation]).mean())
 
     if course is None:
@@ -142,13 +146,17 @@ def train(
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        if plan.average:
+            with torch.no_grad():  # over fewer steps in the beginning, so that where it started is forgotten
+                torch._foreach_lerp_(mean, list(parameters), 1 - min(plan.average, (step + 1) / (step + 10)))
         if (step + 1) % every == 0 or step + 1 == plan.steps:
             least = course.best[1]
             course.checks[step + 1] = found = check()
             if found < least:
-                best = [p.detach().clone() for p in parameters]
+                with torch.no_grad():
+                    torch._foreach_copy_(best, mean)
         if checkpoint and checkpoint.due():
-            _keep(checkpoint, parameters, best, optimizers, feed, course)
+            _keep(checkpoint, parameters, more, optimizers, feed, course)
         progress.step(note=f"loss {course.smooth:.4f}")
     progress.done()
     with torch.no_grad():
@@ -158,17 +166,30 @@ def train(
     return course
 
 
+@contextmanager
+def holding(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> Iterator[None]:
+    """`parameters` have these values inside."""
+    before = [p.data for p in parameters]
+    for parameter, value in zip(parameters, values):
+        parameter.data = value
+    try:
+        yield
+    finally:
+        for parameter, value in zip(parameters, before):
+            parameter.data = value
+
+
 def _keep(
     checkpoint: Checkpoint,
     parameters: Sequence[nn.Parameter],
-    best: Sequence[Tensor],
+    more: Mapping[str, Sequence[Tensor]],
     optimizers: Sequence[torch.optim.Optimizer],
     feed: Feed[T],
     course: Course,
 ) -> None:
     tensors: dict[str, Tensor] = {}
-    for i, (parameter, kept) in enumerate(zip(parameters, best)):
-        tensors |= {f"{i}:now": parameter, f"{i}:best": kept}
+    for i, parameter in enumerate(parameters):
+        tensors |= {f"{i}:now": parameter} | {f"{i}:{name}": kept[i] for name, kept in more.items()}
         state: Mapping[str, Tensor] = next((o.state[parameter] for o in optimizers if parameter in o.state), {})
         tensors |= {f"{i}:optimizer:{name}": value for name, value in state.items()}
     checkpoint.save(tensors, {"course": asdict(course), "position": feed.position})
@@ -177,7 +198,7 @@ def _keep(
 def _restore(
     checkpoint: Checkpoint | None,
     parameters: Sequence[nn.Parameter],
-    best: list[Tensor],
+    more: Mapping[str, Sequence[Tensor]],
     optimizers: Sequence[torch.optim.Optimizer],
     feed: Feed[T],
 ) -> Course | None:
@@ -189,7 +210,8 @@ def _restore(
     with torch.no_grad():
         for i, parameter in enumerate(parameters):
             parameter.copy_(tensors[f"{i}:now"])
-            best[i].copy_(tensors[f"{i}:best"])
+            for name, kept_ones in more.items():
+                kept_ones[i].copy_(tensors[f"{i}:{name}"])
     owners = {id(p): o for o in optimizers for group in o.param_groups for p in group["params"]}
     for name, tensor in tensors.items():
         number, kind, entry = (*name.split(":"), "")[:3]

@@ -44,6 +44,7 @@ class Blocks(Distill):
         where: selector of what trains; null: everything but embeddings and head.
         weight_decay: the optimizer's.
         optimizer: ``adamw`` or ``muon``, as in `distill.logits`.
+        average: of the weights over the last steps, as in `distill.logits`.
         seed: of the order of samples and of LoRA's start.
         token_weights: how visual and text tokens count in the difference of a block's outputs: ``balanced`` (half
             each), ``uniform``, ``text``, or ``gradient``, which weighs a visual token by MBQ's ratio of gradients. A

@@ -49,6 +49,7 @@ class Features(Logits):
         where: selector of what trains; null: everything but embeddings and head.
         weight_decay: the optimizer's.
         optimizer: ``adamw`` or ``muon``, as in `distill.logits`.
+        average: of the weights over the last steps, as in `distill.logits`.
         seed: of the order of batches and of LoRA's start.
         data: ``fit``, ``recovery``, ``auto`` or other data, as in `distill.logits`.
     """

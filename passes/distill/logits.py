@@ -63,6 +63,8 @@ class Logits(Distill):
         weight_decay: the optimizer's.
         optimizer: ``adamw``. ``muon``: Muon for matrices, which wants about a hundred times the lr, AdamW at a tenth of
             it for the others; for models that changed so much that they must learn anew what takes several blocks.
+        average: decay of the running mean of the weights that is validated and kept (0.98: over some fifty steps),
+            which takes the noise out of large steps; 0: the weights themselves.
         seed: of the order of batches and of LoRA's start.
         data: ``fit``: the fit split, again and again. ``recovery``: fresh samples without end, from a source that makes
             them (the demo's generator). ``auto``: recovery where the data has it, else fit. Anything else names other
