@@ -34,7 +34,7 @@ def test_the_running_mean_is_what_is_validated_and_kept() -> None:
         keep = min(average, (step + 1) / (step + 10))
         mean = keep * mean + (1 - keep) * float(weights)
         means[step + 1] = mean
-    assert len(path) == steps and abs(float(path[-1]) - means[steps - 1]) > 0.05
+    assert len(path) == steps and abs(float(path[-1]) - means[steps - 1]) > 0.02
     for step, wanted in means.items():
         if step in course.checks:
             assert course.checks[step] == pytest.approx((wanted - 1) ** 2, abs=1e-5)
@@ -47,6 +47,6 @@ def test_muon_takes_matrices_and_adamw_the_rest() -> None:
     assert course.best[1] < course.checks[0]
     moved = torch.linalg.svdvals(matrix.detach() - torch.eye(4))
     assert 0.05 < float(moved[0]) < 0.4  # three steps of at most 0.1, whatever the gradient's size
-    assert 0 < float((vector - 1).abs().max()) < 0.05
+    assert 0 < float((vector.detach() - 1).abs().max()) < 0.05
     assert [type(o).__name__ for o in Plan(1, 1, 0, 0, "muon").optimizers([matrix, vector])] == ["Muon", "AdamW"]
     assert [type(o).__name__ for o in Plan(1, 1, 0, 0, "muon").optimizers([vector])] == ["AdamW"]
