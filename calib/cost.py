@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..compress.anatomy import ModelView
 from ..compress.base import Json, evaluating
 from ..compress.inspect import part_sizes
+from ..compress.runtime.kv_cache import PackedLayer
 from ..compress.pipeline import PeakMemory
 
 RUNS, FEWEST, WARM_UPS = 11, 3, 2
@@ -40,8 +41,8 @@ def cost(
 
     Returns:
         parameters (a shared one once), bytes, parameters_by_part, bytes_by_part, visual_tokens (an image, as many as
-        the language model works on), flops {vision, prefill, decode}, latency_ms {vision, prefill, decode_per_token},
-        peak_rss_bytes (of the process during these runs). None where the model never calls its tower or decodes
+        the language model works on), flops {vision, prefill, decode}, latency_ms {vision, prefill, decode_per_token}, kv_bytes (of
+        the cache after the question, as `generate` holds it), peak_rss_bytes (of the process during these runs). None where the model never calls its tower or decodes
         without a second forward, so that there is nothing to measure.
     """
     inputs = {k: v.to(view.model.device) for k, v in batch.items()}
@@ -49,7 +50,8 @@ def cost(
     sizes = part_sizes(view)
     with PeakMemory() as memory, evaluating(view.model), _frozen(view.model):
         prompt = _first_forward(view, inputs, labels)
-        runs = {"vision": _tower_run(view, prompt), "prefill": lambda: prompt, "decode_per_token": _step(view, inputs)}
+        second = _second_call(view, inputs)
+        runs = {"vision": _tower_run(view, prompt), "prefill": lambda: prompt, "decode_per_token": _step(second)}
         flops = {name: _flops(run) for name, run in runs.items()}
         timed: dict[str, Any] = dict.fromkeys(runs)
         if latency:
@@ -66,6 +68,7 @@ def cost(
         "visual_tokens": int(visual) if visual == int(visual) else visual,
         "flops": {"vision": flops["vision"], "prefill": flops["prefill"], "decode": flops["decode_per_token"]},
         "latency_ms": timed,
+        "kv_bytes": _cache_bytes(second[1].get("past_key_values")) if second else None,
         "peak_rss_bytes": memory.peak,
     }
 
@@ -100,8 +103,8 @@ def _tower_run(view: ModelView, prompt: Run) -> Callable[[], Run] | None:
     return lambda: lambda: [view.tower(*args, **kwargs) for args, kwargs in calls]
 
 
-def _step(view: ModelView, inputs: dict[str, Any]) -> Callable[[], Run] | None:
-    """The second forward of `generate`: one token and the cache. The outermost module that generates is run."""
+def _second_call(view: ModelView, inputs: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]] | None:
+    """The second forward of `generate`: one token and the cache. The outermost module that generates, its arguments."""
     from transformers import GenerationMixin
 
     calls: dict[nn.Module, list[dict[str, Any]]] = {}
@@ -119,14 +122,37 @@ def _step(view: ModelView, inputs: dict[str, Any]) -> Callable[[], Run] | None:
             handle.remove()
     for module in generating:
         if len(calls.get(module, ())) > 1:
-            kwargs = calls[module][1]
-
-            def ready(module: nn.Module = module, kwargs: dict[str, Any] = kwargs) -> Run:
-                given = kwargs | _own_cache(kwargs)
-                return lambda: module(**given)
-
-            return ready
+            return module, calls[module][1]
     return None
+
+
+def _step(call: tuple[nn.Module, dict[str, Any]] | None) -> Callable[[], Run] | None:
+    if call is None:
+        return None
+    module, kwargs = call
+
+    def ready() -> Run:
+        given = kwargs | _own_cache(kwargs)
+        return lambda: module(**given)
+
+    return ready
+
+
+def _cache_bytes(cache: Any) -> int | None:
+    """Bytes of all keys and values that a transformers cache holds; None where there is no cache."""
+    from transformers import EncoderDecoderCache
+
+    if cache is None:
+        return None
+    if isinstance(cache, EncoderDecoderCache):
+        return (_cache_bytes(cache.self_attention_cache) or 0) + (_cache_bytes(cache.cross_attention_cache) or 0)
+    held = 0
+    for layer in cache.layers:
+        if isinstance(layer, PackedLayer):
+            held += layer.bytes
+        elif layer.is_initialized:
+            held += sum(t.numel() * t.element_size() for t in (layer.keys, layer.values))
+    return held
 
 
 def _own_cache(kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -270,16 +270,30 @@ def has_nan(tree: Any) -> bool:
 
 
 def watching(
-    ref: LinearRef, stat: Stat, weights: torch.Tensor | None, waiting: dict[int, LinearRef], clock: Clock
+    ref: LinearRef,
+    stat: Stat,
+    weights: torch.Tensor | None,
+    waiting: dict[int, LinearRef],
+    clock: Clock,
+    apart: bool = False,
 ) -> Any:
-    """The linear's forward, its input added to `stat`; stops the unit's forward when the last of `waiting` is there."""
+    """The linear's forward, its input added to `stat`; stops the unit's forward when the last of `waiting` is there.
+
+    `apart`: the tokens of `weights` come in two calls, [batch, tokens, channels] each.
+    """
     original = ref.module.forward
+    taken = 0
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        rows = x.detach().reshape(-1, x.shape[-1])
+        nonlocal taken
+        rows, mine = x.detach().reshape(-1, x.shape[-1]), weights
+        if apart and weights is not None:
+            mine = weights[:, taken : taken + x.shape[1]]
+            taken += x.shape[1]
         with clock.timing("statistics"):
-            stat.update(rows, fitting(weights, rows, ref))
-        waiting.pop(ref.stage, None)
+            stat.update(rows, fitting(mine, rows, ref))
+        if mine is weights or (weights is not None and taken == weights.shape[1]):
+            waiting.pop(ref.stage, None)
         if not waiting:
             raise Arrived
         return original(x)

@@ -15,6 +15,7 @@ from ..errors import OutputError, UsageError
 from ..families import Family
 from ..runtime.codebook import codebooks
 from ..runtime.kv_cache import installed as kv_form
+from ..runtime import layered
 from ..runtime.reduce import installed
 from . import awq, bnb, gptq
 from .compressed_tensors import stock_obstacle
@@ -65,6 +66,9 @@ def export_model(
             facts["notes"].append(
                 f"{reduction.label['pass']} is carried out by svlm.load alone: other loaders see all visual tokens"
             )
+        if layered.installed(view.model) is not None:
+            names = ", ".join(entry.name for entry in view.ledger if "visual_tokens" in entry.record)
+            facts["notes"].append(f"{names}: carried out by svlm.load alone; other loaders treat visual tokens as text")
         if kv_form(view.model) is not None:
             facts["notes"].append(
                 "quantize.kv_cache is carried out by svlm.load alone: other loaders keep an exact cache"

@@ -86,10 +86,15 @@ def remove(model: nn.Module) -> None:
 
 def obstacle(model: nn.Module, decoder_path: str) -> str:
     """Why `model` cannot carry a reduction; the empty string where it can."""
-    from transformers import GenerationMixin
-
     if installed(model):
         return "its visual tokens are reduced already"
+    return cannot(model, decoder_path)
+
+
+def cannot(model: nn.Module, decoder_path: str) -> str:
+    """Why the visual tokens of `model` cannot be told apart in its decoder; the empty string where they can."""
+    from transformers import GenerationMixin
+
     if isinstance(model, GenerationMixin) and type(model).generate is not GenerationMixin.generate:
         return f"the generate() of {type(model).__name__} is its own and hides which of the decoder's tokens are visual"
     decoder = model.get_submodule(decoder_path)

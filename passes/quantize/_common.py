@@ -107,9 +107,9 @@ def check_data(step: Pass, ctx: Context) -> None:
 
 def check_pairs(step: Pass, model: ModelView) -> None:
     """Raise Unmet where the tokens of the model now and after rounding need not be the same ones."""
-    from ...compress.runtime.reduce import installed
+    from ...compress.runtime.seen import chooses_again
 
-    if installed(model.model) is not None:
+    if chooses_again(model.model):
         raise Unmet(
             f"{step.name}: 'asymmetric' compares the inputs of the same tokens, and this model drops visual tokens",
             change="asymmetric: 0, or quantize before the token pass",

@@ -193,4 +193,4 @@ def _prompts(model: ModelView, batch: Mapping[str, object]) -> list[tuple[int, i
     text = (masks.text & ~masks.answer).sum(1).tolist()
     if model.family.seq2seq:
         return [(1, t + v) for t, v in zip(text, visual)]
-    return [(t + v, 0) for t, v in zip(text, visual)]
+    return [(t + round(v), 0) for t, v in zip(text, visual)]

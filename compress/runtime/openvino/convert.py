@@ -18,6 +18,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ...anatomy import ModelView
 from ...errors import Unmet, WorkFailed
+from ..block_run import rule_of
+from ..layered import blocks_of
 from ..activations import installed
 from ..codebook import integer_grids
 from .constants import Counts, compress_constants, pack_constants
@@ -85,6 +87,8 @@ def image_modules(view: ModelView) -> list[str]:
     """
     if view.family.seq2seq:
         raise _refused(view, "its language model is an encoder-decoder: the runtime holds one decoder with one cache")
+    if any(not rule_of(block).plain for block in blocks_of(view.model).values()):
+        raise _refused(view, "its blocks treat visual tokens differently, which one graph of the decoder does not")
     paths = [view.tower_path]
     for unit in view.parts.get("connector", ()):
         if unit.path.startswith(f"{view.tower_path}."):
