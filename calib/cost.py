@@ -17,8 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..compress.anatomy import ModelView
 from ..compress.base import Json, evaluating
 from ..compress.inspect import part_sizes
-from ..compress.runtime.kv_cache import PackedLayer
 from ..compress.pipeline import PeakMemory
+from ..compress.runtime.kv_cache import PackedLayer
 
 RUNS, FEWEST, WARM_UPS = 11, 3, 2
 PATIENCE = 10.0  # seconds after which a figure makes do with FEWEST runs
@@ -41,9 +41,10 @@ def cost(
 
     Returns:
         parameters (a shared one once), bytes, parameters_by_part, bytes_by_part, visual_tokens (an image, as many as
-        the language model works on), flops {vision, prefill, decode}, latency_ms {vision, prefill, decode_per_token}, kv_bytes (of
-        the cache after the question, as `generate` holds it), peak_rss_bytes (of the process during these runs). None where the model never calls its tower or decodes
-        without a second forward, so that there is nothing to measure.
+        the language model works on), flops {vision, prefill, decode}, latency_ms {vision, prefill, decode_per_token},
+        kv_bytes (of the cache after the question, as `generate` holds it), peak_rss_bytes (of the process during these
+        runs). None where the model never calls its tower or decodes without a second forward, so that there is nothing
+        to measure.
     """
     inputs = {k: v.to(view.model.device) for k, v in batch.items()}
     labels = inputs.pop("labels", None)

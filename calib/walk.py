@@ -32,13 +32,26 @@ from ..compress.anatomy import LinearRef, ModelView, Unit
 from ..compress.base import Json, Progress, Silent, evaluating
 from ..compress.errors import WorkFailed
 from ..compress.runtime.activations import installed as rounding_of
-from ..compress.runtime.layered import read_again
+from ..compress.runtime.rules import read_again
 from ..compress.runtime.seen import Kept, seen
 from ..compress.selectors import Where
 from .balance import Balance
 from .clock import Clock
 from .drift import drift
-from .replay import Arrived, Call, Probe, catching, hollow, patched, recording, replaying, samples, swapped, watching
+from .replay import (
+    Arrived,
+    Call,
+    Probe,
+    catching,
+    hollow,
+    patched,
+    recording,
+    replaying,
+    samples,
+    standing_in,
+    swapped,
+    watching,
+)
 from .scratch import Scratch
 from .stats import Stat, TokenWeights, input_masks, modality_weights
 
@@ -90,18 +103,12 @@ class WalkUnit:
         stats = {stage: stat_factory() for stage in leads}
         for index, calls in enumerate(self._calls):
             weights = {stage: self._weights(index, ref, token_weights) for stage, ref in leads.items()}
+            kept = self._inside(index)
+            apart = {ref for ref in leads.values() if kept and kept.apart(self.unit.module, ref.role)}
             for args, kwargs in calls:
                 waiting = dict(leads)
-                kept = self._inside(index)
                 watchers = {
-                    ref.module: watching(
-                        ref,
-                        stats[stage],
-                        weights[stage],
-                        waiting,
-                        self._walk._clock,
-                        apart=kept is not None and kept.apart(self.unit.module, ref.role),
-                    )
+                    ref.module: watching(ref, stats[stage], weights[stage], waiting, self._walk._clock, ref in apart)
                     for stage, ref in leads.items()
                 }
                 with patched(watchers):
@@ -129,14 +136,11 @@ class WalkUnit:
 
     def kept(self) -> Iterator[tuple[torch.Tensor, torch.Tensor] | None]:
         """For each of `inputs` what token passes left of the unit's sequence (`Kept.whole`); None: all of it."""
-        for index, calls in enumerate(self._calls):
-            kept = self._inside(index)
-            yield from [kept.whole if kept else None] * len(calls)
+        kept = [self._inside(index) for index in range(len(self._calls))]
+        return (k.whole if k else None for k, calls in zip(kept, self._calls) for _ in calls)
 
     def _inside(self, index: int) -> Kept | None:
-        """What token passes left of a batch's sequence, where the unit is in the decoder."""
-        inside = self.unit.path.startswith(self._walk.view.decoder_path + ".")
-        return self._walk._kept[index] if inside else None
+        return self._walk._kept_inside(index, self.unit)
 
     def run(self, call: Call, weights: Mapping[LinearRef, torch.Tensor]) -> Any:
         """What the unit returns for `call` with other weights in its linears, with gradients where they are enabled."""
@@ -296,8 +300,8 @@ class Walk:
         if masks is None:
             return None
         if mode == "drift":
-            kept = self._kept[index] if ref.path.startswith(self.view.decoder_path + ".") else None
-            if drifts is not None and kept is not None and drifts.ndim == 2:
+            kept = self._kept_inside(index, ref.unit)
+            if drifts is not None and kept and drifts.ndim == 2:
                 drifts = kept.taken(ref.unit.module, ref.role, drifts)
             if drifts is not None and (ref.role in ("cross.k", "cross.v") or drifts.numel() != masks.text.numel()):
                 drifts = None  # of other tokens
@@ -308,6 +312,10 @@ class Walk:
         if mode != "gradient":
             return modality_weights(masks, mode)
         return modality_weights(masks, mode, ratio=self.balance.ratio(ref), share=self._share(ref))
+
+    def _kept_inside(self, index: int, unit: Unit) -> Kept | None:
+        """What token passes left of a batch's sequence, where the unit is in the decoder."""
+        return self._kept[index] if unit.path.startswith(self.view.decoder_path + ".") else None
 
     def _share(self, ref: LinearRef) -> float:
         """Share of visual tokens among the rows of a linear's input, over all batches."""
@@ -402,15 +410,5 @@ class Walk:
     def _finished(self, index: int, rows: slice) -> dict[nn.Module, Callable[..., Any]]:
         """What stands in for finished modules where only the samples `rows` of a batch run; nothing where unsure."""
         assert self._probe is not None
-        batch = self.batches[index]
-        later = [unit.path for unit in self._units if unit.part in ("language", "head")]  # gradients pass through these
-        before = {
-            path: memo
-            for path, memo in self._memos.items()
-            if not any(f"{unit}.".startswith(f"{path}.") or f"{path}.".startswith(f"{unit}.") for unit in later)
-        }
-        found = {path: self._probe.rows(batch, path, memo[index], rows) for path, memo in before.items()}
-        known = {path: outputs for path, outputs in found.items() if outputs is not None}
-        if len(known) < len(found):
-            return {}
-        return {self._module(path): replaying(path, outputs, self._probe.mutates) for path, outputs in known.items()}
+        memos = {path: memo[index] for path, memo in self._memos.items()}
+        return standing_in(self.view, self._probe, self.batches[index], memos, rows)

@@ -21,8 +21,8 @@ from .families import PARTS, Family, known_rows
 from .ledger import Ledger
 from .runtime.activations import Activation
 from .runtime.activations import installed as rounding_of
-from .runtime.layered import held_shares, split_blocks
 from .runtime.reduce import installed, kept_count
+from .runtime.rules import held_shares, split_blocks
 from .selectors import Where, select_linears
 from .units import AttentionGeometry, LinearRef, MlpGeometry, Stack, Unit, find_anchors, find_units
 from .unknown import unknown_family
@@ -255,7 +255,7 @@ class ModelView:
         answer = torch.zeros_like(padding) if labels is None else (labels != -100) & ~padding
         return TokenMasks(torch.zeros_like(padding), ~padding, answer, padding)
 
-    def visual_tokens(self, batch: Mapping[str, Any]) -> list[int] | list[float]:
+    def visual_tokens(self, batch: Mapping[str, Any]) -> list[Any]:
         """Visual tokens of each sample that the language model works on.
 
         Placeholders in its prompt (what token passes leave of them; where that differs by block, the mean over blocks
@@ -285,7 +285,7 @@ class ModelView:
         return PER_IMAGE[formula](self.model.config) if formula else None
 
 
-def _whole(number: float) -> float:
+def _whole(number: float) -> int | float:
     return int(number) if number == int(number) else number
 
 

@@ -211,7 +211,8 @@ def _fill(unit: Unit, layout: Layout, split: bool = False) -> None:
         raise unplaced_linears(unit.name, type(unit.module).__name__, [f"{unit.path}.{name}" for name in stray])
     norms_hold = layout.norms_if is None or bool(attrgetter(layout.norms_if)(unit.module))
     stages: list[tuple[LinearRef, ...]] = []
-    for step in [part for step in layout.steps for part in (_apart(step) if split else [step])]:
+    steps = [part for whole in layout.steps for part in (_apart(whole) if split else [whole])]
+    for step in steps:
         norm = f"{unit.path}.{step.norm}" if step.norm and norms_hold else None
         refs = tuple(
             LinearRef(f"{unit.path}.{path}" if path else unit.path, inside[path], unit, role, len(stages), norm)

@@ -26,8 +26,8 @@ from .anatomy import ModelView
 from .base import Json
 from .blueprint import blueprint, config_tree, shapes_of
 from .errors import Unmet, UsageError
-from .runtime.grid import Grid
 from .runtime import layered
+from .runtime.grid import Grid
 from .runtime.reduce import installed
 
 SIZE = "vocab_size"

@@ -13,9 +13,9 @@ from ..anatomy import ModelView
 from ..base import Json
 from ..errors import OutputError, UsageError
 from ..families import Family
+from ..runtime import layered
 from ..runtime.codebook import codebooks
 from ..runtime.kv_cache import installed as kv_form
-from ..runtime import layered
 from ..runtime.reduce import installed
 from . import awq, bnb, gptq
 from .compressed_tensors import stock_obstacle

@@ -6,7 +6,7 @@ the function that computes attention by name. So
 
 * keys and values of tokens that do not ask come from running the block on them with a cache that takes keys and values
   and ends the run there; the query projection is blank meanwhile (`keys_and_values`);
-* the tokens that ask run through the block with a cache that puts those keys and values between their own (`run_block`);
+* tokens that ask run through the block with a cache that puts those keys and values between their own (`run_block`);
 * the attention that one token pays comes from a run of that token alone that ends in the attention (`attention_of`).
 """
 
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..errors import UsageError
 from .held import hold
 from .masks import gather
+from .rules import rule_of
 from .shortened import Shortened
 
 PLAN, CACHE, MASK = "visual_plan", "past_key_values", "attention_mask"
@@ -47,27 +48,6 @@ class Plan(NamedTuple):
     order: Tensor
     left: Tensor | None
     state: Shortened | None
-
-
-class Rule:
-    """What a block does with visual tokens. It lies on the block (`RULE`) and moves with it.
-
-    Attributes:
-        q, v: paths in the block of the projections of queries and values (None where they are fused with others).
-        attention: path in the block of its attention module.
-        frozen: visual tokens do not ask; they stay as they are. hidden: nor are they attended to.
-        ranks: the attention that the prompt's last token pays to visual tokens here ranks them.
-        keep: from this block on, the share of each image's tokens that is left; None: as many as before.
-    """
-
-    def __init__(self, attention: str, q: str | None, v: str | None) -> None:
-        self.attention, self.q, self.v = attention, q, v
-        self.frozen = self.hidden = self.ranks = False
-        self.keep: float | None = None
-
-    @property
-    def plain(self) -> bool:
-        return not (self.frozen or self.hidden or self.ranks or self.keep is not None)
 
 
 def run_block(block: Any, *args: Any, **kwargs: Any) -> Any:
@@ -190,15 +170,7 @@ def _along(value: Tensor, index: Tensor, tokens: int, dim: int) -> Tensor:
     return value.expand(*shape[:dim], tokens, *shape[dim + 1 :]).gather(dim, place)
 
 
-def rule_of(block: nn.Module) -> Rule:
-    """The rule that lies on a block."""
-    return vars(block)[RULE]
-
-
-RULE = "visual_tokens_rule"
-
-
-# ------------------------------------------------------------------------------------------------------- cache stand-ins
+# ------------------------------------------------------------------------------------------------------ cache stand-ins
 
 
 class _Found(BaseException):
@@ -233,16 +205,19 @@ class _Joined:
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if self.others is not None:
-            keys, values = (
-                torch.cat([other, own], dim=2).gather(2, self.plan.order[:, None, :, None].expand(*own.shape[:2], -1, own.shape[3]))
-                for other, own in zip(self.others, (keys, values))
-            )  # fmt: skip
+            keys, values = (self._sorted(*pair) for pair in zip(self.others, (keys, values)))
         if self.cache is None:
             return keys, values
         found = self.cache.update(keys, values, layer, *args, **kwargs)
         if self.plan.state is not None:
             hold(self.cache.layers[layer], self.plan.state)
         return found
+
+    def _sorted(self, others: Tensor, own: Tensor) -> Tensor:
+        """States [batch, heads, tokens, width] of both, in order of the sequence."""
+        both = torch.cat([others, own], dim=2)
+        index = self.plan.order[:, None, :, None].expand(-1, both.shape[1], -1, both.shape[3])
+        return both.gather(2, index)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(vars(self)["cache"], name)

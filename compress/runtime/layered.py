@@ -19,7 +19,7 @@ A reduction before the decoder (`reduce`) may be on the model as well; this mech
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from types import MethodType
 from typing import Any
@@ -28,11 +28,12 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError, UsageError
-from .block_run import CACHE, MASK, PLAN, RULE, Plan, Rule, attention_of, keys_and_values, rule_of, run_block
+from .block_run import CACHE, MASK, PLAN, Plan, attention_of, keys_and_values, run_block
 from .held import held_by, window_of
 from .masks import block_mask, order
 from .reduce import SLOT as REDUCTION
 from .reduce import _merger, _named, _setting, cannot, kept_count
+from .rules import RULE, Rule, blocks_of, rule_of
 from .shortened import Shortened
 
 SLOT = "visual_tokens_by_block"  # name of the Layered among the decoder's children
@@ -41,7 +42,7 @@ Rows = tuple[Tensor, Tensor]  # places [batch, n] among the tokens that the deco
 
 @dataclass(frozen=True)
 class Worked:
-    """What became of the tokens of a prefill. `asking`: that a block worked on. `beside`: that it attends to besides."""
+    """Tokens of a prefill. `asking`: those that a block worked on. `beside`: others that it attends to."""
 
     asking: Rows
     beside: Rows
@@ -194,10 +195,9 @@ class Layered(nn.Module):
             run.memo[length] = Shortened.whole(len(run.visual), length, run.visual.device)
         whole = run.memo[length]
         if window and length >= window:
-            whole = replace(
-                whole, slots=whole.slots[:, length - window + 1 :], valid=whole.valid[:, length - window + 1 :]
-            )
-        return whole  # fmt: skip
+            first = length - window + 1
+            whole = replace(whole, slots=whole.slots[:, first:], valid=whole.valid[:, first:])
+        return whole
 
     def _rows(self, run: Run, rule: Rule) -> tuple[Rows, Rows, Rows, Tensor] | None:
         """Tokens that ask, those beside them, all that are held, and where these lie; None where all do both."""
@@ -242,7 +242,7 @@ class Layered(nn.Module):
             self.last.blocks[block] = Worked(mine, others)
         cache, state = kwargs.get(CACHE), None
         if cache is not None:
-            key = ("state", id(past), id(keys[0]))
+            key: tuple[Any, ...] = ("state", id(past), id(keys[0]))
             if key not in run.memo:
                 run.memo[key] = past.extended(keys[0], keys[1], new), past
             state = run.memo[key][0]
@@ -343,11 +343,6 @@ def install(
     return layered
 
 
-def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
-    """Path -> block, of those that carry a rule, in order."""
-    return {name: module for name, module in model.named_modules() if RULE in vars(module)}
-
-
 def attached(model: nn.Module) -> bool:
     """Whether the mechanism acts on every block that carries a rule."""
     layered = installed(model)
@@ -359,41 +354,6 @@ def attached(model: nn.Module) -> bool:
         mine(block._forward_pre_hooks) and getattr(vars(block).get("forward"), "__func__", None) is run_block
         for block in blocks_of(model).values()
     )
-
-
-def split_blocks(model: nn.Module) -> set[str]:
-    """Paths of the blocks in which keys and values are computed for more tokens than queries are."""
-    return {path for path, block in blocks_of(model).items() if rule_of(block).frozen and not rule_of(block).hidden}
-
-
-def held_shares(model: nn.Module) -> list[float] | None:
-    """For each block the share of an image's tokens that is held; None where the mechanism is not on the model."""
-    if installed(model) is None:
-        return None
-    shares, left = [], 1.0
-    for block in blocks_of(model).values():
-        rule = rule_of(block)
-        left = left if rule.keep is None else rule.keep
-        shares.append(0.0 if rule.hidden else left)
-    return shares
-
-
-def wants_labels(model: nn.Module) -> bool:
-    """Whether some block ranks visual tokens by the prompt, so that the model has to know where the answer begins."""
-    return any(rule_of(block).ranks for block in blocks_of(model).values())
-
-
-def read_again(model: nn.Module) -> set[str]:
-    """Paths of the blocks whose outputs later blocks' choice of tokens depends on: those before a block that ranks."""
-    paths = list(blocks_of(model))
-    ranking = [number for number, block in enumerate(blocks_of(model).values()) if rule_of(block).ranks]
-    return {paths[number - 1] for number in ranking if number}
-
-
-def pinned(model: nn.Module) -> dict[str, str]:
-    """Path of each block that cannot be taken out of the model any more -> why."""
-    rules: Sequence[tuple[str, Rule]] = [(path, rule_of(block)) for path, block in blocks_of(model).items()]
-    return {path: "it ranks or drops visual tokens" for path, rule in rules if rule.ranks or rule.keep is not None}
 
 
 def _generate(self: Any, *args: Any, **kwargs: Any) -> Any:

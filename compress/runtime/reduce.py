@@ -86,9 +86,7 @@ def remove(model: nn.Module) -> None:
 
 def obstacle(model: nn.Module, decoder_path: str) -> str:
     """Why `model` cannot carry a reduction; the empty string where it can."""
-    if installed(model):
-        return "its visual tokens are reduced already"
-    return cannot(model, decoder_path)
+    return "its visual tokens are reduced already" if installed(model) else cannot(model, decoder_path)
 
 
 def cannot(model: nn.Module, decoder_path: str) -> str:
@@ -154,9 +152,6 @@ class Reduction(nn.Module):
         self.call: Call | None = None
         self.cut: Cut | None = None
         self.last: tuple[Tensor, Tensor] | None = None
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{k}={v}" for k, v in self.label.items())
 
     def reduce_mask(self, mask: Tensor) -> Tensor:
         """A mask over the full sequence [batch, S] as the decoder saw the last prefill: [batch, S'].

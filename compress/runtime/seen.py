@@ -1,7 +1,7 @@
 """Which tokens a model's parts work on after passes that take visual tokens away: what calibration goes by.
 
-Two mechanisms take them away, one before the decoder (`reduce`), one inside it, block by block (`layered`). `seen` tells
-what became of the last prefill's sequence under both.
+Two mechanisms take them away, one before the decoder (`reduce`), one inside it, block by block (`layered`). `seen`
+tells what became of the last prefill's sequence under both.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from . import layered, reduce
+from . import layered, reduce, rules
 
 Rows = tuple[Tensor, Tensor]  # places [batch, n], False where one only fills its row up
 BESIDE = ("attn.k", "attn.v", "attn.qkv")  # roles of the linears that tokens which do not ask go through as well
@@ -55,7 +55,7 @@ class Kept:
         return torch.zeros_like(like, dtype=torch.bool).scatter(1, places.to(like.device), valid.to(like.device))
 
     def returned(self, block: nn.Module, values: Tensor) -> Tensor:
-        """Values of the tokens that a block works on [batch, a], for all that it returns [batch, q]; 0 for the others."""
+        """Values of the tokens that a block works on [batch, a], for all that it returns [batch, q]; others get 0."""
         worked = self.blocks.get(block)
         if worked is None or self.through is None:
             return values
@@ -97,9 +97,9 @@ def seen(model: nn.Module) -> Kept | None:
 def wants_labels(model: nn.Module) -> bool:
     """Whether which tokens stay depends on where the prompt ends: a forward with an answer then needs `labels`."""
     reduction = reduce.installed(model)
-    return (reduction is not None and reduction.prompt) or layered.wants_labels(model)
+    return (reduction is not None and reduction.prompt) or rules.wants_labels(model)
 
 
 def chooses_again(model: nn.Module) -> bool:
     """Whether other weights can mean other visual tokens."""
-    return reduce.installed(model) is not None or layered.wants_labels(model)
+    return reduce.installed(model) is not None or rules.wants_labels(model)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ...compress.base import Context, Pass
 from ...compress.errors import Unmet
@@ -41,6 +42,17 @@ class Blocks(Pass):
         if self.blocks:
             return len(self.blocks)
         return math.floor(self.share * blocks + 0.5) if self.count is None else self.count
+
+    def chosen(
+        self, model: ModelView, ctx: Context, names: Sequence[str], put: Callable[[Iterable[str]], None]
+    ) -> tuple[list[str], list[dict[str, Any]]]:
+        """The chosen ones of the decoder's blocks `names`, and for the notes what was tried; see `_choose.choose`."""
+        from ._choose import choose
+
+        if self.blocks:
+            return [names[number] for number in sorted(self.blocks)], []
+        count = self.number(len(names))
+        return choose(model, ctx, names, count, put, self.criterion, self.samples, self.seed)
 
     def check_blocks(self, model: ModelView, ctx: Context) -> None:
         """Raise Unmet where there are not so many blocks, or nothing to choose them by."""

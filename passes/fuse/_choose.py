@@ -39,7 +39,7 @@ def choose(
 
     Args:
         put: puts the model in the state where these blocks are chosen. asked: questions of the fit split, at most.
-    """  # fmt: skip
+    """
     if criterion == "random":
         draw = torch.randperm(len(names), generator=torch.Generator().manual_seed(ctx.seed + seed)).tolist()
         return sorted((names[i] for i in draw[:count]), key=names.index), []

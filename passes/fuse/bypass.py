@@ -27,9 +27,9 @@ class Bypass(Blocks):
         share: of the decoder's blocks in which text attends to visual tokens, rounded half up, at least one.
         count: how many such blocks instead of a share.
         blocks: their numbers from 0, where nothing is to be chosen.
-        criterion: ``greedy``: one block after the other, by the KL divergence of the answers' tokens from the original's
-            with it open as well, all scored anew each time. ``kl``: the same with each block open alone, once.
-            ``random``: the control.
+        criterion: ``greedy``: one block after the other, by the KL divergence of the answers' tokens from the
+            original's with it open as well, all scored anew each time. ``kl``: the same with each block open alone,
+            once. ``random``: the control.
         samples: questions of the fit split that are asked to choose.
         seed: of ``random``.
     """
@@ -64,7 +64,6 @@ class Bypass(Blocks):
 
     def apply(self, model: ModelView, ctx: Context) -> Notes:
         from ..tokens._layered import decoder_blocks, held, rules_of
-        from ._choose import choose
 
         units, rules = decoder_blocks(model), rules_of(model)
         names = {unit.name: unit.path for unit in units}
@@ -74,11 +73,7 @@ class Bypass(Blocks):
             for path, rule in rules.items():
                 rule.frozen, rule.hidden = True, path not in crossing
 
-        if self.blocks:
-            chosen, rounds = [units[number].name for number in sorted(self.blocks)], []
-        else:
-            count = self.number(len(units))
-            chosen, rounds = choose(model, ctx, list(names), count, put, self.criterion, self.samples, self.seed)
+        chosen, rounds = self.chosen(model, ctx, list(names), put)
         record = {"visual_tokens": "bypass", "crossing": [names[name] for name in chosen]}
         self.rebuild(model, record)
         numbers = {"crossing": chosen, "blocks": len(units), "kl": [row["scores"] for row in rounds], **held(model)}

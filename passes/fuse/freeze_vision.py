@@ -25,9 +25,9 @@ class FreezeVision(Blocks):
         share: of the decoder's blocks, rounded half up.
         count: how many blocks instead of a share.
         blocks: their numbers from 0, where nothing is to be chosen.
-        criterion: ``greedy``: one block after the other, by the KL divergence of the answers' tokens from the original's
-            with it frozen as well, all scored anew each time. ``kl``: the same with each block frozen alone, once (the
-            paper's way). ``random``: the control.
+        criterion: ``greedy``: one block after the other, by the KL divergence of the answers' tokens from the
+            original's with it frozen as well, all scored anew each time. ``kl``: the same with each block frozen alone,
+            once (the paper's way). ``random``: the control.
         samples: questions of the fit split that are asked to choose.
         seed: of ``random``.
     """
@@ -44,7 +44,6 @@ class FreezeVision(Blocks):
 
     def apply(self, model: ModelView, ctx: Context) -> Notes:
         from ..tokens._layered import decoder_blocks, rules_of
-        from ._choose import choose
 
         units, rules = decoder_blocks(model), rules_of(model)
         names = {unit.name: unit.path for unit in units}
@@ -54,11 +53,7 @@ class FreezeVision(Blocks):
             for path, rule in rules.items():
                 rule.frozen = path in frozen
 
-        if self.blocks:
-            chosen, rounds = [units[number].name for number in sorted(self.blocks)], []
-        else:
-            count = self.number(len(units))
-            chosen, rounds = choose(model, ctx, list(names), count, put, self.criterion, self.samples, self.seed)
+        chosen, rounds = self.chosen(model, ctx, list(names), put)
         record = {"visual_tokens": "frozen", "frozen": [names[name] for name in chosen]}
         self.rebuild(model, record)
         return Notes({"frozen": chosen, "blocks": len(units), "kl": [row["scores"] for row in rounds]}, record)

@@ -135,7 +135,7 @@ class Layers(Pass):
         self, model: ModelView, gone: Mapping[str, Sequence[int]]
     ) -> tuple[dict[str, Removal], dict[str, str]]:
         """Each block that may go next, with its removal and that of those `gone`; the blocks that stay, and why."""
-        from ...compress.runtime.layered import pinned as bound_blocks
+        from ...compress.runtime.rules import pinned as bound_blocks
         from ._depth import lists, place, without
 
         found: dict[str, Removal] = {}

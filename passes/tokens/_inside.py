@@ -45,7 +45,7 @@ class Inside(Pass):
 
         paths = [unit.path for unit in decoder_blocks(model)]
         ranks, keep = self.stages(len(paths))
-        record = {"visual_tokens": "dropped", "ranks": [paths[i] for i in ranks]}
+        record: dict[str, Json] = {"visual_tokens": "dropped", "ranks": [paths[i] for i in ranks]}
         record["keep"] = {paths[i]: share for i, share in keep.items()}
         self.rebuild(model, record)
         counts = sorted({tokens for batch in ctx.fit for tokens in _image_sizes(model, batch)})

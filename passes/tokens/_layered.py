@@ -10,7 +10,7 @@ from ...compress.errors import PromiseBroken, Unmet
 
 if TYPE_CHECKING:
     from ...compress.anatomy import ModelView, Unit
-    from ...compress.runtime.block_run import Rule
+    from ...compress.runtime.rules import Rule
 
 DROPPED = "visual tokens are dropped inside its decoder already"
 FROZEN = "visual tokens are frozen in some of its blocks already"
@@ -29,8 +29,8 @@ def check(step: Pass, model: ModelView, *beside: str) -> None:
     Args:
         beside: of DROPPED, FROZEN and BYPASSED those that may be so.
     """
-    from ...compress.runtime.layered import blocks_of, obstacle
-    from ...compress.runtime.block_run import rule_of
+    from ...compress.runtime.layered import obstacle
+    from ...compress.runtime.rules import blocks_of, rule_of
 
     rules = [rule_of(block) for block in blocks_of(model.model).values()]
     states = {
@@ -53,9 +53,9 @@ def check(step: Pass, model: ModelView, *beside: str) -> None:
 
 
 def rules_of(model: ModelView) -> dict[str, Rule]:
-    """Path of each block of the decoder -> its rule, in order; the mechanism is put on the model where it is not there."""
-    from ...compress.runtime.block_run import rule_of
+    """Path of each block of the decoder -> its rule, in order. Puts the mechanism on a model that lacks it."""
     from ...compress.runtime.layered import install
+    from ...compress.runtime.rules import rule_of
 
     units = decoder_blocks(model)
 
@@ -63,10 +63,11 @@ def rules_of(model: ModelView) -> dict[str, Rule]:
         return None if path is None else path[len(unit.path) + 1 :]
 
     paths = {}
+    if model.image_token_id is None:
+        raise Unmet("this model has no image token", where=f"family {model.family.name}")
     for unit in units:
         assert unit.attention is not None
-        module = inside(unit, unit.attention.module)
-        assert module is not None and model.image_token_id is not None
+        module = unit.attention.module[len(unit.path) + 1 :]
         paths[unit.module] = (module, inside(unit, unit.attention.q), inside(unit, unit.attention.v))
     install(model.model, model.decoder_path, model.image_token_id, paths)
     return {unit.path: rule_of(unit.module) for unit in units}
@@ -74,8 +75,8 @@ def rules_of(model: ModelView) -> dict[str, Rule]:
 
 def promised(step: Pass, model: ModelView) -> dict[str, Rule]:
     """The rules of the model's blocks by path. PromiseBroken where the mechanism does not act on all of them."""
-    from ...compress.runtime.block_run import rule_of
-    from ...compress.runtime.layered import attached, blocks_of
+    from ...compress.runtime.layered import attached
+    from ...compress.runtime.rules import blocks_of, rule_of
 
     blocks = blocks_of(model.model)
     if not attached(model.model) or blocks.keys() != {unit.path for unit in decoder_blocks(model)}:
@@ -92,7 +93,7 @@ def broken(step: Pass, promise: str, path: str) -> PromiseBroken:
 
 def held(model: ModelView) -> Mapping[str, Json]:
     """For the notes: the share of an image's tokens that each block of the decoder holds."""
-    from ...compress.runtime.layered import held_shares
+    from ...compress.runtime.rules import held_shares
 
     shares = held_shares(model.model) or []
     return {"held_by_block": shares, "held": sum(shares) / max(len(shares), 1)}

@@ -12,7 +12,7 @@ LADDER = (0.25, 0.5, 0.7, 0.85)
 
 @dataclass(frozen=True)
 class Pyramid(Inside):
-    """At several blocks, keep a share of the visual tokens that are left: those that the prompt attends to (PyramidDrop).
+    """At several blocks, keep a share of the visual tokens left: those that the prompt attends to (PyramidDrop).
 
     Each of these blocks ranks them by the attention that the prompt's last token pays them there (mean over heads; one
     row is computed), before it runs. Its cache and those of later blocks hold the kept tokens alone. Which tokens these

@@ -18,10 +18,9 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ...anatomy import ModelView
 from ...errors import Unmet, WorkFailed
-from ..block_run import rule_of
-from ..layered import blocks_of
 from ..activations import installed
 from ..codebook import integer_grids
+from ..rules import blocks_of, rule_of
 from .constants import Counts, compress_constants, pack_constants
 
 MASKED = -1e9  # added to scores of tokens that must not be seen; finite, so that a row that sees nothing is no NaN
