@@ -234,7 +234,7 @@ def measure(
             seen += len(part["labels"])
     gradients: dict[str, dict[str, Gradients]] = {}
     for ref, total in sums.items():
-        if total.tokens["vision"]:
+        if total.tokens["vision"] or total.tokens["text"]:
             gradients.setdefault(OUTPUTS[ref.role], {})[ref.unit.name] = total.means()
     if seen and not gradients:
         raise WorkFailed(

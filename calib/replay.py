@@ -86,6 +86,25 @@ class Probe:
         ]
         return tree_unflatten(cut, spec)
 
+    def standing_in(
+        self, batch: Mapping[str, Any], memos: Mapping[str, list[Any]], rows: slice
+    ) -> dict[nn.Module, Callable[..., Any]]:
+        """What stands in for finished modules where only the samples `rows` of a batch run; nothing where unsure.
+
+        `memos`: path -> what the module returned for the whole batch, one entry a call.
+        """
+        later = [unit.path for unit in self.units if unit.part in ("language", "head")]  # gradients pass through these
+        before = {
+            path: memo
+            for path, memo in memos.items()
+            if not any(f"{unit}.".startswith(f"{path}.") or f"{path}.".startswith(f"{unit}.") for unit in later)
+        }
+        found = {path: self.rows(batch, path, memo, rows) for path, memo in before.items()}
+        known = {path: outputs for path, outputs in found.items() if outputs is not None}
+        if len(known) < len(found):
+            return {}
+        return {self.view.model.get_submodule(p): replaying(p, outs, self.mutates) for p, outs in known.items()}
+
     def _trace(self, batch: Mapping[str, Any]) -> tuple[dict[str, int], dict[str, list[int | None]]]:
         units = {unit.path for unit in self.units}
         blocks = {unit.path for unit in self.units if unit.stack is not None}  # the many: shapes alone are kept
@@ -219,26 +238,6 @@ def replaying(path: str, outputs: list[Any], copy: bool) -> Callable[..., Any]:
         return tree_map(lambda t: t.clone() if copy and isinstance(t, torch.Tensor) else t, out)
 
     return forward
-
-
-def standing_in(
-    view: ModelView, probe: Probe, batch: Mapping[str, Any], memos: Mapping[str, list[Any]], rows: slice
-) -> dict[nn.Module, Callable[..., Any]]:
-    """What stands in for finished modules where only the samples `rows` of a batch run; nothing where unsure.
-
-    `memos`: path -> what the module returned for the whole batch, one entry a call.
-    """
-    later = [unit.path for unit in probe.units if unit.part in ("language", "head")]  # gradients pass through these
-    before = {
-        path: memo
-        for path, memo in memos.items()
-        if not any(f"{unit}.".startswith(f"{path}.") or f"{path}.".startswith(f"{unit}.") for unit in later)
-    }
-    found = {path: probe.rows(batch, path, memo, rows) for path, memo in before.items()}
-    known = {path: outputs for path, outputs in found.items() if outputs is not None}
-    if len(known) < len(found):
-        return {}
-    return {view.model.get_submodule(path): replaying(path, outputs, probe.mutates) for path, outputs in known.items()}
 
 
 def recording(module: nn.Module, into: list[Any], keep: bool) -> Callable[..., Any]:

@@ -38,20 +38,7 @@ from ..compress.selectors import Where
 from .balance import Balance
 from .clock import Clock
 from .drift import drift
-from .replay import (
-    Arrived,
-    Call,
-    Probe,
-    catching,
-    hollow,
-    patched,
-    recording,
-    replaying,
-    samples,
-    standing_in,
-    swapped,
-    watching,
-)
+from .replay import Arrived, Call, Probe, catching, hollow, patched, recording, replaying, samples, swapped, watching
 from .scratch import Scratch
 from .stats import Stat, TokenWeights, input_masks, modality_weights
 
@@ -411,4 +398,4 @@ class Walk:
         """What stands in for finished modules where only the samples `rows` of a batch run; nothing where unsure."""
         assert self._probe is not None
         memos = {path: memo[index] for path, memo in self._memos.items()}
-        return standing_in(self.view, self._probe, self.batches[index], memos, rows)
+        return self._probe.standing_in(self.batches[index], memos, rows)

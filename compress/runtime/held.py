@@ -50,17 +50,16 @@ class HeldLayer(ABC):  # as transformers' layers are: classes of the same layout
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last ``-tokens_to_remove`` tokens of the sequence, which must all be held."""
-        gone = -tokens_to_remove
-        last = self.held.slots[:, self.held.slots.shape[1] - gone :] if gone > 0 else self.held.slots[:, :0]
-        if gone < 0 or bool((last < self.held.span - gone).any()):
+        gone, width = -tokens_to_remove, self.held.slots.shape[1]
+        last = self.held.slots[:, max(0, width - gone) :]
+        if not 0 <= gone <= width or bool((last < self.held.span - gone).any()):
             raise UsageError(
                 "the cache was cropped into its images",
                 found=f"{gone} tokens removed from the end",
                 change="crop answers only, or start with a fresh cache",
             )
         super().crop(tokens_to_remove)  # type: ignore[misc]
-        stay = self.held.slots.shape[1] - gone
-        slots, valid = self.held.slots[:, :stay], self.held.valid[:, :stay]
+        slots, valid = self.held.slots[:, : width - gone], self.held.valid[:, : width - gone]
         self.held = replace(self.held, slots=slots, valid=valid, span=self.held.span - gone)
 
 
