@@ -1,6 +1,6 @@
 """Less work on visual tokens in the decoder: exact match, KL, FLOPs, time to first token and KV bytes, demo model.
 
-    python benchmarks/fuse.py --json benchmarks/results/fuse.json [--runs runs/fuse] [--only freeze bypass] [--steps 400]
+    python benchmarks/fuse.py --json benchmarks/results/fuse.json [--only freeze bypass] [--steps 400] [--runs DIR]
 
 Each case is a recipe, run as `svlm compress` runs it, over the same 256 questions to fit on and 512 to check with, and
 fresh scenes to train on; a line of the table is one stage of it. Killed cases go on where they were, finished ones are
