@@ -49,7 +49,7 @@ class Kept:
     def after(self, like: Tensor) -> Tensor | None:
         """Which tokens of the full sequence come out of the decoder, bool as `like` [batch, S]; None: all."""
         if self.whole is None:
-            return self.through
+            return None if self.through is None else self.through.to(like.device)
         places, valid = self.whole
         valid = valid if self.through is None else valid & self.through
         return torch.zeros_like(like, dtype=torch.bool).scatter(1, places.to(like.device), valid.to(like.device))

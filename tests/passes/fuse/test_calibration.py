@@ -35,8 +35,10 @@ def naive(view, batch):
     return {path: torch.cat(rows).double().square().mean(0) for path, rows in inputs.items()}
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("name", ["llava", "qwen3-vl", "gemma3"])
+SOME = [("gemma3", case) for case in CASES] + [("qwen3-vl", "freeze"), ("qwen3-vl", "pyramid")]
+
+
+@pytest.mark.parametrize(("name", "case"), SOME)
 def test_statistics_are_those_of_inference(name, case):
     """Every linear's inputs, q apart from k and v; and with weights changed on the way, those of the changed prefix."""
     view, batch = treated(zoo.model(name), CASES[case][0]), zoo.batch(name, 1)
@@ -73,6 +75,14 @@ def test_weights_know_which_rows_are_visual(case):
         assert tokens["attn.k"] == tokens["attn.v"] == texts + held
         (_, weights), output = next(unit.rows()), next(unit.outputs())
         assert weights.shape == output.shape[:2] and int((weights > 0).sum()) == texts + asking
+
+
+def test_drift_is_that_of_the_rows_that_are_there():
+    view, batch = treated(zoo.model("llava"), CASES["fastv"][0]), zoo.batch("llava", 3)
+    walk = Walk(view, [batch], "language", drifting=0.5)
+    texts = int(((batch["input_ids"] != zoo.IMAGE) & batch["attention_mask"].bool()).sum())
+    counted = [{s.tokens for s in unit.observe(MeanSquare, token_weights="drift").values()} for unit in walk]
+    assert counted == [{texts + 24}, {texts + 12}, {texts + 12}] and not walk.without_drift
 
 
 def test_both_mechanisms_in_one_walk():
