@@ -61,9 +61,10 @@ class Run:
     """One forward call. Shapes: q new tokens, [batch, q].
 
     Attributes:
-        visual, real: which are image tokens, which no padding. row: place of the prompt's last token, [batch, 1].
+        visual: which are image tokens; images: whether any is. row: place of the prompt's last token, [batch, 1].
         left: visual tokens that are still there, and all others. worked: tokens that some block worked on.
-        ranking: attention that visual tokens get, by the last block that ranks. number: blocks that were called.
+        ranking: attention that the tokens got in the last block that ranks. number: blocks that were called. stage: how
+            often tokens were dropped. memo: what blocks with the same rule share.
     """
 
     visual: Tensor
@@ -246,9 +247,9 @@ class Layered(nn.Module):
             if key not in run.memo:
                 run.memo[key] = past.extended(keys[0], keys[1], new), past
             state = run.memo[key][0]
-        key = ("mask", id(past), id(keys[0]), id(mine[0]), id(kwargs.get(MASK)))
+        window = window_of(layer)
+        key = ("mask", id(past), id(keys[0]), id(mine[0]), id(kwargs.get(MASK)), window)
         if key not in run.memo:
-            window = window_of(layer)
             mask = block_mask(kwargs.get(MASK), past, mine[0], keys, new, causal=self.causal, window=window)
             run.memo[key] = mask, past, kwargs.get(MASK)  # kept, so that their ids stay theirs
         plan = Plan(*mine, *others, where, run.left if run.stage else None, state)
