@@ -41,7 +41,7 @@ from ..compress.anatomy import LinearRef, ModelView, TokenMasks
 from ..compress.base import Json, evaluating
 from ..compress.errors import Unmet, WorkFailed
 from ..compress.mapped import release
-from ..compress.runtime.reduce import installed
+from ..compress.runtime.seen import seen, wants_labels
 from .replay import patched, pieces
 from .scratch import fingerprint
 from .stats import input_masks
@@ -234,7 +234,7 @@ def measure(
             seen += len(part["labels"])
     gradients: dict[str, dict[str, Gradients]] = {}
     for ref, total in sums.items():
-        if total.tokens["vision"]:
+        if total.tokens["vision"] or total.tokens["text"]:
             gradients.setdefault(OUTPUTS[ref.role], {})[ref.unit.name] = total.means()
     if seen and not gradients:
         raise WorkFailed(
@@ -297,8 +297,7 @@ def _backward(
         inside = {ref.module: watching(ref) for ref in watched}
         with patched({**finished, **inside, **{block: again(block) for block in blocks}}):
             loss = _loss(view, batch)
-            reduction = installed(view.model)
-            kept = reduction.last if reduction else None
+            kept = seen(view.model)
             if not bool(loss.isfinite()):
                 raise WorkFailed(
                     "the loss on the calibration answers is not finite",
@@ -328,10 +327,9 @@ def answer_logits(view: ModelView, batch: Mapping[str, Any]) -> tuple[torch.Tens
     }
     labels = given["labels"]
     if not view.family.seq2seq:
-        reduction = installed(model)
         labels = labels[:, 1:]
         first = int((labels != -100).any(0).int().argmax())
-        if "logits_to_keep" in inspect.signature(model.forward).parameters and not (reduction and reduction.prompt):
+        if "logits_to_keep" in inspect.signature(model.forward).parameters and not wants_labels(model):
             del given["labels"]
             given["logits_to_keep"] = labels.shape[1] + 1 - first
         logits = model(**given).logits[:, -(labels.shape[1] + 1 - first) : -1]

@@ -90,6 +90,25 @@ class Probe:
         cut = [leaf if part is None else carried(leaf[part], leaf, part) for leaf, part in zip(leaves, parts)]
         return tree_unflatten(cut, spec)
 
+    def standing_in(
+        self, batch: Mapping[str, Any], memos: Mapping[str, list[Any]], rows: slice
+    ) -> dict[nn.Module, Callable[..., Any]]:
+        """What stands in for finished modules where only the samples `rows` of a batch run; nothing where unsure.
+
+        `memos`: path -> what the module returned for the whole batch, one entry a call.
+        """
+        later = [unit.path for unit in self.units if unit.part in ("language", "head")]  # gradients pass through these
+        before = {
+            path: memo
+            for path, memo in memos.items()
+            if not any(f"{unit}.".startswith(f"{path}.") or f"{path}.".startswith(f"{unit}.") for unit in later)
+        }
+        found = {path: self.rows(batch, path, memo, rows) for path, memo in before.items()}
+        known = {path: outputs for path, outputs in found.items() if outputs is not None}
+        if len(known) < len(found):
+            return {}
+        return {self.view.model.get_submodule(p): replaying(p, outs, self.mutates) for p, outs in known.items()}
+
     def _trace(self, batch: Mapping[str, Any]) -> tuple[dict[str, int], dict[str, list[int | None]]]:
         units = {unit.path for unit in self.units}
         blocks = {unit.path for unit in self.units if unit.stack is not None}  # the many: shapes alone are kept
@@ -274,16 +293,30 @@ def has_nan(tree: Any) -> bool:
 
 
 def watching(
-    ref: LinearRef, stat: Stat, weights: torch.Tensor | None, waiting: dict[int, LinearRef], clock: Clock
+    ref: LinearRef,
+    stat: Stat,
+    weights: torch.Tensor | None,
+    waiting: dict[int, LinearRef],
+    clock: Clock,
+    apart: bool = False,
 ) -> Any:
-    """The linear's forward, its input added to `stat`; stops the unit's forward when the last of `waiting` is there."""
+    """The linear's forward, its input added to `stat`; stops the unit's forward when the last of `waiting` is there.
+
+    `apart`: the tokens of `weights` come in two calls, [batch, tokens, channels] each.
+    """
     original = ref.module.forward
+    taken = 0
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        rows = x.detach().reshape(-1, x.shape[-1])
+        nonlocal taken
+        rows, mine = x.detach().reshape(-1, x.shape[-1]), weights
+        if apart and weights is not None:
+            mine = weights[:, taken : taken + x.shape[1]]
+            taken += x.shape[1]
         with clock.timing("statistics"):
-            stat.update(rows, fitting(weights, rows, ref))
-        waiting.pop(ref.stage, None)
+            stat.update(rows, fitting(mine, rows, ref))
+        if mine is weights or (weights is not None and taken == weights.shape[1]):
+            waiting.pop(ref.stage, None)
         if not waiting:
             raise Arrived
         return original(x)

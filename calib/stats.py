@@ -14,10 +14,10 @@ import torch
 
 from ..compress.anatomy import LinearRef, ModelView, TokenMasks
 from ..compress.errors import WorkFailed
+from ..compress.runtime.seen import Kept
 from .drift import strongest
 
 TokenWeights = Literal["gradient", "balanced", "uniform", "text", "vision", "drift"]
-Kept = tuple[torch.Tensor, torch.Tensor]  # places [batch, tokens], valid: what a token pass left (`Reduction.last`)
 
 
 class Stat(Protocol):
@@ -234,8 +234,9 @@ def input_masks(
     """What the rows of a linear's input are, masks [batch, tokens]; None where all are an image's own.
 
     Args:
-        kept: what a token pass left of the sequence. Inside the decoder rows are these tokens, and what fills a row up
-            is padding; after it the sequence has its full length again, and what was taken out is padding.
+        kept: what token passes left of the sequence. Inside the decoder rows are the tokens that a block works on, and
+            what fills a row up is padding; after it the sequence has its full length again, and what was taken out is
+            padding.
     """
     tokens = ref.unit.cross if ref.role in ("cross.k", "cross.v") else ref.unit.tokens
     if tokens == "image":
@@ -243,11 +244,16 @@ def input_masks(
     masks = view.token_masks(batch, tokens)
     if kept is None:
         return masks
-    places, valid = (t.to(masks.text.device) for t in kept)
     if ref.path.startswith(view.decoder_path + "."):
+        rows = kept.inputs(ref.unit.module, ref.role)
+        if rows is None:
+            return masks
+        places, valid = (t.to(masks.text.device) for t in rows)
         vision, text, answer, padding = (m.gather(1, places) for m in vars(masks).values())
         return TokenMasks(vision & valid, text & valid, answer & valid, padding | ~valid)
-    seen = torch.zeros_like(masks.text).scatter(1, places, valid)
+    seen = kept.after(masks.text)
+    if seen is None:
+        return masks
     return TokenMasks(masks.vision & seen, masks.text & seen, masks.answer & seen, masks.padding | ~seen)
 
 

@@ -32,14 +32,15 @@ from ..compress.anatomy import LinearRef, ModelView, Unit
 from ..compress.base import Json, Progress, Silent, evaluating
 from ..compress.errors import WorkFailed
 from ..compress.runtime.activations import installed as rounding_of
-from ..compress.runtime.reduce import installed
+from ..compress.runtime.rules import read_again
+from ..compress.runtime.seen import Kept, seen
 from ..compress.selectors import Where
 from .balance import Balance
 from .clock import Clock
 from .drift import drift
 from .replay import Arrived, Call, Probe, catching, hollow, patched, recording, replaying, samples, swapped, watching
 from .scratch import Scratch
-from .stats import Kept, Stat, TokenWeights, input_masks, modality_weights
+from .stats import Stat, TokenWeights, input_masks, modality_weights
 
 S = TypeVar("S", bound=Stat)
 
@@ -89,10 +90,12 @@ class WalkUnit:
         stats = {stage: stat_factory() for stage in leads}
         for index, calls in enumerate(self._calls):
             weights = {stage: self._weights(index, ref, token_weights) for stage, ref in leads.items()}
+            kept = self._inside(index)
+            apart = {ref for ref in leads.values() if kept and kept.apart(self.unit.module, ref.role)}
             for args, kwargs in calls:
                 waiting = dict(leads)
                 watchers = {
-                    ref.module: watching(ref, stats[stage], weights[stage], waiting, self._walk._clock)
+                    ref.module: watching(ref, stats[stage], weights[stage], waiting, self._walk._clock, ref in apart)
                     for stage, ref in leads.items()
                 }
                 with patched(watchers):
@@ -118,11 +121,13 @@ class WalkUnit:
         for args, kwargs in self.inputs():
             yield self._walk._run(self.unit, args, kwargs)
 
-    def kept(self) -> Iterator[Kept | None]:
-        """For each of `inputs` what a token pass left of the unit's sequence (see stats.py); None: all of it."""
-        inside = self.unit.path.startswith(self._walk.view.decoder_path + ".")
-        for index, calls in enumerate(self._calls):
-            yield from [self._walk._kept[index] if inside else None] * len(calls)
+    def kept(self) -> Iterator[tuple[torch.Tensor, torch.Tensor] | None]:
+        """For each of `inputs` what token passes left of the unit's sequence (`Kept.whole`); None: all of it."""
+        kept = [self._inside(index) for index in range(len(self._calls))]
+        return (k.whole if k else None for k, calls in zip(kept, self._calls) for _ in calls)
+
+    def _inside(self, index: int) -> Kept | None:
+        return self._walk._kept_inside(index, self.unit)
 
     def run(self, call: Call, weights: Mapping[LinearRef, torch.Tensor]) -> Any:
         """What the unit returns for `call` with other weights in its linears, with gradients where they are enabled."""
@@ -137,7 +142,9 @@ class WalkUnit:
         last = [ref for ref in self.unit.linears if ref.role not in ("cross.k", "cross.v")][-1]
         for index, calls in enumerate(self._calls):
             batch = self._walk.batches[index]
-            weights = self._weights(index, last, token_weights)
+            weights, kept = self._weights(index, last, token_weights), self._inside(index)
+            if weights is not None and kept is not None:
+                weights = kept.returned(self.unit.module, weights)
             yield from [(samples(batch), weights)] * len(calls)
 
     def _weights(self, index: int, ref: LinearRef, mode: TokenWeights) -> torch.Tensor | None:
@@ -193,7 +200,7 @@ class Walk:
             self._selected.setdefault(ref.unit, []).append(ref)
         self._scratch = Scratch(scratch / name, view, batches, list(self._selected)) if scratch else None
         self._memos: dict[str, list[list[Any]]] = {}  # module path -> batch -> arrival -> output
-        self._kept: list[Kept | None] = [None] * len(batches)  # by a token pass
+        self._kept: list[Kept | None] = [None] * len(batches)  # by token passes
         self._shares: dict[LinearRef, float] = {}
         self._weighs = any(ref.unit.tokens != "image" for refs in self._selected.values() for ref in refs)
         self.balance = balance or Balance(view, batches, scratch)
@@ -280,6 +287,9 @@ class Walk:
         if masks is None:
             return None
         if mode == "drift":
+            kept = self._kept_inside(index, ref.unit)
+            if drifts is not None and kept and drifts.ndim == 2:
+                drifts = kept.taken(ref.unit.module, ref.role, drifts)
             if drifts is not None and (ref.role in ("cross.k", "cross.v") or drifts.numel() != masks.text.numel()):
                 drifts = None  # of other tokens
             if drifts is None and masks.vision.any() and masks.text.any():
@@ -289,6 +299,10 @@ class Walk:
         if mode != "gradient":
             return modality_weights(masks, mode)
         return modality_weights(masks, mode, ratio=self.balance.ratio(ref), share=self._share(ref))
+
+    def _kept_inside(self, index: int, unit: Unit) -> Kept | None:
+        """What token passes left of a batch's sequence, where the unit is in the decoder."""
+        return self._kept[index] if unit.path.startswith(self.view.decoder_path + ".") else None
 
     def _share(self, ref: LinearRef) -> float:
         """Share of visual tokens among the rows of a linear's input, over all batches."""
@@ -311,6 +325,7 @@ class Walk:
         """The arguments of `unit` for every batch. What runs before it and is not finished is remembered on the way."""
         if self._probe is None:
             self._probe = Probe(self.view, self._units, self.batches, self._forward)
+            self._probe.tapped |= read_again(self.view.model)
         probe = self._probe
         ahead = [u for u in self._units[: self._units.index(unit)] if not self._covered(u.path)]
         known = {*self._memos, *(u.path for u in ahead)}
@@ -343,8 +358,8 @@ class Walk:
                     self._forward(self.batches[index])
                 except Arrived:
                     reached = True
-            reduction = installed(self.view.model)
-            self._kept[index] = reduction.last if reduction else None
+            kept, before = seen(self.view.model), self._kept[index]
+            self._kept[index] = kept.since(before) if kept else before
             for path, record in records.items():
                 short = len(record[-1]) < probe.calls(self.batches[index], path)
                 complete[path] = complete[path] and not (reached and short)
@@ -382,15 +397,5 @@ class Walk:
     def _finished(self, index: int, rows: slice) -> dict[nn.Module, Callable[..., Any]]:
         """What stands in for finished modules where only the samples `rows` of a batch run; nothing where unsure."""
         assert self._probe is not None
-        batch = self.batches[index]
-        later = [unit.path for unit in self._units if unit.part in ("language", "head")]  # gradients pass through these
-        before = {
-            path: memo
-            for path, memo in self._memos.items()
-            if not any(f"{unit}.".startswith(f"{path}.") or f"{path}.".startswith(f"{unit}.") for unit in later)
-        }
-        found = {path: self._probe.rows(batch, path, memo[index], rows) for path, memo in before.items()}
-        known = {path: outputs for path, outputs in found.items() if outputs is not None}
-        if len(known) < len(found):
-            return {}
-        return {self._module(path): replaying(path, outputs, self._probe.mutates) for path, outputs in known.items()}
+        memos = {path: memo[index] for path, memo in self._memos.items()}
+        return self._probe.standing_in(self.batches[index], memos, rows)

@@ -22,7 +22,9 @@ from .families import PARTS, Family, known_rows
 from .ledger import Ledger
 from .runtime.activations import Activation
 from .runtime.activations import installed as rounding_of
+from .runtime.images import image_lengths, kept_count
 from .runtime.reduce import installed
+from .runtime.rules import held_shares, split_blocks
 from .runtime.tower import Cells
 from .selectors import Where, select_linears
 from .units import AttentionGeometry, LinearRef, MlpGeometry, Stack, Unit, find_anchors, find_units
@@ -140,7 +142,7 @@ class ModelView:
         paths = dict(self.model.named_modules())
         anchors = find_anchors(self.model, self.family, paths)
         self.tower_path, self.decoder_path = anchors["@image"], anchors["@decoder"]
-        self.units = find_units(self.model, self.family, paths, anchors)
+        self.units = find_units(self.model, self.family, paths, anchors, split_blocks(self.model))
         self._linears = {ref.path: ref for unit in self.units for ref in unit.linears}
 
     @property
@@ -285,17 +287,24 @@ class ModelView:
         answer = torch.zeros_like(padding) if labels is None else (labels != -100) & ~padding
         return TokenMasks(torch.zeros_like(padding), ~padding, answer, padding)
 
-    def visual_tokens(self, batch: Mapping[str, Any]) -> list[int]:
+    def visual_tokens(self, batch: Mapping[str, Any]) -> list[Any]:
         """Visual tokens of each sample that the language model works on.
 
-        Placeholders in its prompt (what a token pass leaves of them), or the states that the decoder attends to.
+        Placeholders in its prompt (what token passes leave of them; where that differs by block, the mean over blocks
+        of those that a block can attend to), or the states that the decoder attends to.
         """
         if self._image_token_ids() and "input_ids" in batch:
             vision = self.token_masks(batch, "prompt").vision
-            reduction = installed(self.model)
-            if reduction is None:
+            reduction, shares = installed(self.model), held_shares(self.model)
+            if reduction is None and shares is None:
                 return vision.sum(1).tolist()
-            return [sum(reduction.kept(length) for length in row) for row in reduction.image_lengths(vision)]
+            lengths = image_lengths(vision, self.per_image() or 0)
+            if reduction is not None:
+                lengths = [[reduction.kept(n) for n in row] for row in lengths]
+            if shares is None:
+                return [sum(row) for row in lengths]
+            held = [[sum(kept_count(n, s) for n in row) if s else 0 for s in shares] for row in lengths]
+            return [_whole(sum(row) / len(shares)) for row in held]
         if "pixel_values" not in batch:
             return [0] * len(next(iter(batch.values())))
         with torch.no_grad():
@@ -311,6 +320,10 @@ class ModelView:
         """Which patches of the vision tower become one visual token; None where the config alone does not say it."""
         formula = self.family.cells
         return CELLS[formula](self.model.config, self.per_image()) if formula else None
+
+
+def _whole(number: float) -> int | float:
+    return int(number) if number == int(number) else number
 
 
 def view_of(model: nn.Module, processor: Any = None, *, source: str = "", rows: Sequence[Family] = ()) -> ModelView:

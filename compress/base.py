@@ -100,6 +100,7 @@ class Pass:
     paper: ClassVar[str] = ""
     needs_data: ClassVar[bool] = True
     removes_blocks: ClassVar[bool] = False
+    names_blocks: ClassVar[bool] = False  # its settings name blocks by number: a model with two would not do
 
     def requires(self, model: ModelView, ctx: Context) -> None:
         """Raise `Unmet` if this pass cannot do its work on `model`; touches nothing."""

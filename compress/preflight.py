@@ -94,7 +94,11 @@ def rehearse(recipe: Recipe, original: ModelView, bench: Bench, find: Finder, op
 def needs_all_blocks(recipe: Recipe) -> bool:
     """Whether two blocks a stack would not do: a pass takes blocks out, or a selector names some by number or path."""
     text = str(recipe.to_json())
-    return "blocks[" in text or "*" in text or any(step.step.removes_blocks for step in recipe.steps)
+    return (
+        "blocks[" in text
+        or "*" in text
+        or any(step.step.removes_blocks or step.step.names_blocks for step in recipe.steps)
+    )
 
 
 def shrunken(original: ModelView, bench: Bench) -> ModelView:

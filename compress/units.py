@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from operator import attrgetter
@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from .blocks import LAYOUTS, Layout
+from .blocks import LAYOUTS, Layout, Step
 from .errors import ModelError
 from .families import PARTS, Family, Place
 from .unknown import unknown_blocks, unplaced_linears
@@ -166,8 +166,14 @@ def _first_layers(root: str, paths: Mapping[str, nn.Module]) -> str:
 
 
 def find_units(
-    model: Any, family: Family, paths: Mapping[str, nn.Module], anchors: Mapping[str, str]
+    model: Any,
+    family: Family,
+    paths: Mapping[str, nn.Module],
+    anchors: Mapping[str, str],
+    split: Collection[str] = (),
 ) -> tuple[Unit, ...]:
+    """The units in forward order. In the blocks at `split`, keys and values are made of more tokens than queries are:
+    they are a stage of their own, and the norm before them feeds two."""
     layouts = {**LAYOUTS, **family.blocks}
     resolved = [(place, *_places(family, place, paths, anchors)) for place in family.places]
     strangers = {
@@ -192,14 +198,14 @@ def find_units(
                 counts[place.part] += 1
                 title = f"{place.part}.blocks[{index}]"
             unit = Unit(title, place.part, index, name, paths[name], stack, place.tokens, place.cross)
-            _fill(unit, layouts[type(paths[name]).__name__])
+            _fill(unit, layouts[type(paths[name]).__name__], name in split)
             units.append(unit)
     _check_partition(family, paths, units)
     order = {part: i for i, part in enumerate(PARTS)}
     return tuple(sorted(units, key=lambda unit: order[unit.part]))
 
 
-def _fill(unit: Unit, layout: Layout) -> None:
+def _fill(unit: Unit, layout: Layout, split: bool = False) -> None:
     """Give the unit its linears, stages and geometry."""
     inside = {name: m for name, m in unit.module.named_modules() if isinstance(m, nn.Linear)}
     named = {path for step in layout.steps for _, path in step.linears}
@@ -208,7 +214,8 @@ def _fill(unit: Unit, layout: Layout) -> None:
         raise unplaced_linears(unit.name, type(unit.module).__name__, [f"{unit.path}.{name}" for name in stray])
     norms_hold = layout.norms_if is None or bool(attrgetter(layout.norms_if)(unit.module))
     stages: list[tuple[LinearRef, ...]] = []
-    for step in layout.steps:
+    steps = [part for whole in layout.steps for part in (_apart(whole) if split else [whole])]
+    for step in steps:
         norm = f"{unit.path}.{step.norm}" if step.norm and norms_hold else None
         refs = tuple(
             LinearRef(f"{unit.path}.{path}" if path else unit.path, inside[path], unit, role, len(stages), norm)
@@ -227,6 +234,13 @@ def _fill(unit: Unit, layout: Layout) -> None:
     }
     for name, value in geometry.items():
         object.__setattr__(unit, name, value)
+
+
+def _apart(step: Step) -> list[Step]:
+    """A step in two where it holds queries beside keys and values."""
+    queries = tuple(pair for pair in step.linears if pair[0] == "attn.q")
+    rest = tuple(pair for pair in step.linears if pair[0] != "attn.q")
+    return [Step(queries), Step(rest)] if queries and rest else [step]
 
 
 def _attention(unit: Unit, layout: Layout, linears: Sequence[LinearRef], kind: str) -> AttentionGeometry | None:

@@ -26,6 +26,7 @@ from .anatomy import ModelView
 from .base import Json
 from .blueprint import blueprint, config_tree, shapes_of
 from .errors import Unmet, UsageError
+from .runtime import layered
 from .runtime.grid import Grid
 from .runtime.reduce import installed
 
@@ -218,9 +219,9 @@ def narrow(view: ModelView, cut: Cut) -> None:
         setattr(part, SIZE, len(numbering.kept))
     for (path, key), value in cut.counts.items():
         setattr(model.get_submodule(path), key, value)
-    reduction = installed(model)
-    if reduction is not None:
-        reduction.image_token_id = numbering(reduction.image_token_id)
+    for mechanism in (installed(model), layered.installed(model)):
+        if mechanism is not None:
+            mechanism.image_token_id = numbering(mechanism.image_token_id)
     view.vocabulary = composed(view.vocabulary, numbering.kept)
     view.refresh()
 

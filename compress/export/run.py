@@ -13,6 +13,7 @@ from ..anatomy import ModelView
 from ..base import Json
 from ..errors import OutputError, UsageError
 from ..families import Family
+from ..runtime import layered
 from ..runtime.codebook import codebooks
 from ..runtime.kv_cache import installed as kv_form
 from ..runtime.merge import installed as merging
@@ -68,6 +69,9 @@ def export_model(
             )
         if merging(view.model):
             facts["notes"].append("tokens.merge is carried out by svlm.load alone: other loaders merge no tokens")
+        if layered.installed(view.model) is not None:
+            names = ", ".join(entry.name for entry in view.ledger if "visual_tokens" in entry.record)
+            facts["notes"].append(f"{names}: carried out by svlm.load alone; other loaders treat visual tokens as text")
         if kv_form(view.model) is not None:
             facts["notes"].append(
                 "quantize.kv_cache is carried out by svlm.load alone: other loaders keep an exact cache"

@@ -101,6 +101,15 @@ class Chosen:
         return self.places.gather(1, self.choice.positions)
 
 
+def image_lengths(visual: Tensor, per_image: int = 0) -> list[list[int]]:
+    """Tokens of each image of each row, by the mask of visual tokens [batch, q]; see `runs`."""
+    lengths: list[list[int]] = [[] for _ in visual]
+    for places in runs(visual, per_image):
+        for row in (places[:, 0] // visual.shape[1]).tolist():
+            lengths[row].append(places.shape[1])
+    return lengths
+
+
 def runs(visual: Tensor, per_image: int = 0) -> list[Tensor]:
     """The images among visual tokens [batch, q]: places in the flattened batch, [n, T], one entry for each length T.
 

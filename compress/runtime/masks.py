@@ -103,3 +103,47 @@ def windowed(decoder: Any, mask: Any, past: Shortened, index: Tensor, values: Ma
         name = "sliding_attention"
         return {**mask, name: mask_far(mask.get(name), asking, held, window)} if name in mask else mask
     return mask_far(mask, asking, held, window)
+
+
+def block_mask(
+    mask: Any,
+    past: Shortened,
+    asking: Tensor,
+    keys: tuple[Tensor, Tensor],
+    new: int,
+    *,
+    causal: bool = True,
+    window: int = 0,
+) -> Tensor | None:
+    """A block's attention mask for the tokens that ask, over those that it holds.
+
+    Args:
+        mask: what the decoder made for all `new` tokens over the whole sequence: None, or [batch, heads, new, keys],
+            keys being the last ones of the sequence.
+        past: what the block's cache holds. asking: [batch, a], places among the new tokens.
+        keys: places [batch, h] of the new tokens that are held, and False where one only fills a row up.
+        causal: what attention does where `mask` is None. window: of a cache layer that holds the newest tokens only.
+
+    Returns:
+        [batch, heads, a, held + h], heads 1 where None was given; None where attention's own rule does.
+    """
+    index, attended = keys
+    slots = torch.cat([past.slots, past.span + index], dim=1)
+    valid = torch.cat([past.valid, attended], dim=1)
+    asked = past.span + asking
+    if mask is None:
+        square = asking.shape == slots.shape and bool((asked == slots).all())
+        allowed = valid[:, None, :].expand(-1, asking.shape[1], -1)
+        if causal:
+            allowed = allowed & (slots[:, None, :] <= asked[:, :, None])
+        if window:
+            allowed = allowed & (slots[:, None, :] > asked[:, :, None] - window)
+        if bool(valid.all()) and (square if causal and asking.shape[1] > 1 else bool(allowed.all())):
+            return None
+        return allowed[:, None]
+    rows = mask.expand(len(asking), -1, -1, -1)
+    rows = rows.gather(2, asking[:, None, :, None].expand(-1, rows.shape[1], -1, rows.shape[3]))
+    places = slots - (past.span + new - mask.shape[-1])
+    found = rows.gather(3, places.clamp_min(0)[:, None, None, :].expand(-1, rows.shape[1], rows.shape[2], -1))
+    closed = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+    return found.masked_fill(~(valid & (places >= 0))[:, None, None, :], closed)

@@ -88,10 +88,13 @@ def remove(model: nn.Module) -> None:
 
 def obstacle(model: nn.Module, decoder_path: str) -> str:
     """Why `model` cannot carry a reduction; the empty string where it can."""
+    return "its visual tokens are reduced already" if installed(model) else cannot(model, decoder_path)
+
+
+def cannot(model: nn.Module, decoder_path: str) -> str:
+    """Why the visual tokens of `model` cannot be told apart in its decoder; the empty string where they can."""
     from transformers import GenerationMixin
 
-    if installed(model):
-        return "its visual tokens are reduced already"
     if isinstance(model, GenerationMixin) and type(model).generate is not GenerationMixin.generate:
         return f"the generate() of {type(model).__name__} is its own and hides which of the decoder's tokens are visual"
     decoder = model.get_submodule(decoder_path)
@@ -178,17 +181,6 @@ class Reduction(nn.Module):
     def kept(self, tokens: int) -> int:
         """How many tokens stay of an image of `tokens`."""
         return kept_count(tokens, self.keep, self.count)
-
-    def image_lengths(self, visual: Tensor) -> list[list[int]]:
-        """Tokens of each image of each row, by the mask of visual tokens [batch, q]."""
-        lengths: list[list[int]] = [[] for _ in visual]
-        for places in runs(visual, self.per_image):
-            for row in (places[:, 0] // visual.shape[1]).tolist():
-                lengths[row].append(places.shape[1])
-        return lengths
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{k}={v}" for k, v in self.label.items())
 
     def reduce_mask(self, mask: Tensor) -> Tensor:
         """A mask over the full sequence [batch, S] as the decoder saw the last prefill: [batch, S'].

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ...calib.shown import Shown, as_original
-from ...calib.stats import Kept, input_masks
+from ...calib.stats import input_masks
 from ...compress.errors import WorkFailed
-from ...compress.runtime.reduce import installed
+from ...compress.runtime.seen import Kept, seen, wants_labels
 from ..quantize._parts import first
 from ._losses import answer_positions
 
@@ -29,9 +29,11 @@ def answer_logits(view: ModelView, batch: Batch) -> Tensor:
     """The model's logits where they predict an answer token: [answer tokens, vocabulary], row-major over the batch."""
     model: Any = view.model
     where = answers(view, batch)
-    reduction = installed(model)
-    needs_labels = view.family.seq2seq or (reduction is not None and reduction.prompt)
-    if needs_labels or "logits_to_keep" not in inspect.signature(model.forward).parameters:
+    if (
+        view.family.seq2seq
+        or wants_labels(model)
+        or "logits_to_keep" not in inspect.signature(model.forward).parameters
+    ):
         return all_logits(view, batch)[where]
     tail = where.shape[1] - int(where.any(0).int().argmax())  # the head runs from the first answer on
     inputs = {k: v for k, v in _there(view, batch).items() if k != "labels"}
@@ -64,7 +66,7 @@ class Seen:
     Attributes:
         logits: [answer tokens, vocabulary], where they predict an answer token.
         states: what each watched unit returned, one entry a call.
-        kept: what a token pass left of the sequence in this forward; see calib/stats.py.
+        kept: what token passes left of the sequence in this forward.
         visual: for each sample the logits at those of its visual tokens that the model sees, [tokens, vocabulary].
     """
 
@@ -86,26 +88,25 @@ def observe(view: ModelView, batch: Batch, units: Sequence[Unit] = (), visual: b
     Args:
         units: whose outputs are wanted. visual: whether logits at visual tokens are; the head then runs everywhere.
     """
-    seen = Seen(torch.empty(0), [[] for _ in units])
+    made = Seen(torch.empty(0), [[] for _ in units])
 
     def watching(into: list[Tensor]) -> Callable[..., None]:
         return lambda module, args, output: into.append(first(output))
 
-    hooks = [unit.module.register_forward_hook(watching(into)) for unit, into in zip(units, seen.states)]
+    hooks = [unit.module.register_forward_hook(watching(into)) for unit, into in zip(units, made.states)]
     try:
         whole = all_logits(view, batch) if visual else None
-        seen.logits = answer_logits(view, batch) if whole is None else whole[answers(view, batch)]
+        made.logits = answer_logits(view, batch) if whole is None else whole[answers(view, batch)]
     finally:
         for hook in hooks:
             hook.remove()
-    reduction = installed(view.model)
-    seen.kept = reduction.last if reduction else None
+    made.kept = seen(view.model)
     if whole is not None:
         head = next(ref for unit in view.parts["head"] for ref in unit.linears)
-        masks = input_masks(view, batch, head, seen.kept)
+        masks = input_masks(view, batch, head, made.kept)
         assert masks is not None  # of a head
-        seen.visual = [row[mask.to(row.device)] for row, mask in zip(whole, masks.vision)]
-    return seen
+        made.visual = [row[mask.to(row.device)] for row, mask in zip(whole, masks.vision)]
+    return made
 
 
 def pair(view: ModelView, batch: Batch, mapped: Mapped, mine: Seen, theirs: Seen, number: int) -> tuple[Tensor, Tensor]:
@@ -120,16 +121,20 @@ def pair(view: ModelView, batch: Batch, mapped: Mapped, mine: Seen, theirs: Seen
     last = [ref for ref in mapped.here.linears if ref.role not in ("cross.k", "cross.v")][-1]
     masks = input_masks(view, batch, last, mine.kept)
     here, there = _flat(mine.states[number], mapped.here), _flat(theirs.states[number], mapped.there)
-    real = torch.ones(len(here), dtype=torch.bool) if masks is None else ~masks.padding.flatten()
-    real_there = real
+    real = torch.ones(len(here), dtype=torch.bool) if masks is None else ~masks.padding
+    real_there: Tensor | None = None
     if isinstance(batch, Shown):  # the original has other visual tokens: what both have in common is text
         masks_there = input_masks(view, batch.original, last)
         assert masks is not None and masks_there is not None  # of a decoder: `Features.requires`
-        real, real_there = masks.text.flatten(), masks_there.text.flatten()
-    elif mine.kept is not None and last.path.startswith(view.decoder_path + "."):  # the original saw all tokens
-        places = mine.kept[0].to(there.device)
-        starts = torch.arange(len(places), device=there.device) * (len(there) // len(places))
-        there = there[(places + starts[:, None]).flatten()]
+        real, real_there = masks.text, masks_there.text.flatten()
+    if mine.kept is not None and last.path.startswith(view.decoder_path + "."):  # the original saw all tokens
+        real = mine.kept.returned(mapped.here.module, real)
+        if mine.kept.whole is not None and real_there is None:
+            places = mine.kept.whole[0].to(there.device)
+            starts = torch.arange(len(places), device=there.device) * (len(there) // len(places))
+            there = there[(places + starts[:, None]).flatten()]
+    real = real.flatten()
+    real_there = real if real_there is None else real_there
     if len(here) != len(real) or len(there) != len(real_there) or int(real.sum()) != int(real_there.sum()):
         raise WorkFailed(
             "the states of the original and of the small model do not belong to the same tokens",

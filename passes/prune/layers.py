@@ -135,12 +135,13 @@ class Layers(Pass):
         self, model: ModelView, gone: Mapping[str, Sequence[int]]
     ) -> tuple[dict[str, Removal], dict[str, str]]:
         """Each block that may go next, with its removal and that of those `gone`; the blocks that stay, and why."""
+        from ...compress.runtime.rules import pinned as bound_blocks
         from ._depth import lists, place, without
 
         found: dict[str, Removal] = {}
         pinned: dict[str, str] = {}
         units = [unit for unit in model.select(self.where) if unit.index is not None]
-        stacks = lists(model, units)
+        stacks, bound = lists(model, units), bound_blocks(model.model)
         listed = {unit.name for held in stacks.values() for unit in held}
         pinned |= {unit.name: "its stack is no plain list of equal blocks" for unit in units if unit.name not in listed}
         for path, held in stacks.items():
@@ -149,8 +150,8 @@ class Layers(Pass):
                 _, i = place(unit)
                 if i in gone.get(path, ()):
                     continue
-                if left == 1:
-                    pinned[unit.name] = "it is the last one"
+                if left == 1 or unit.path in bound:
+                    pinned[unit.name] = bound.get(unit.path, "it is the last one")
                     continue
                 try:
                     found[unit.name] = without(model.model, {**gone, path: sorted([*gone.get(path, ()), i])})

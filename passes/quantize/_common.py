@@ -108,14 +108,14 @@ def check_data(step: Pass, ctx: Context) -> None:
 def check_pairs(step: Pass, model: ModelView) -> None:
     """Raise Unmet where the tokens of the model now and after rounding need not be the same ones."""
     from ...compress.runtime.merge import installed as merging
-    from ...compress.runtime.reduce import installed
+    from ...compress.runtime.seen import chooses_again
 
     if merging(model.model):
         raise Unmet(
             f"{step.name}: 'asymmetric' compares the inputs of the same tokens, and this model's tower merges tokens",
             change="asymmetric: 0, or quantize before tokens.merge",
         )
-    if installed(model.model) is not None:
+    if chooses_again(model.model):
         raise Unmet(
             f"{step.name}: 'asymmetric' compares the inputs of the same tokens, and this model drops visual tokens",
             change="asymmetric: 0, or quantize before the token pass",

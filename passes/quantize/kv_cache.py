@@ -186,7 +186,7 @@ def _packs(layer: object) -> bool:
 
 def _prompts(model: ModelView, batch: Mapping[str, object]) -> list[tuple[int, int]]:
     """Of each row, the tokens of its prompt in the decoder's own cache, and in that of the cross-attention."""
-    visual = model.visual_tokens(batch)
+    visual = [round(n) for n in model.visual_tokens(batch)]
     if "input_ids" not in batch:
         return [(1, n) for n in visual]
     masks = model.token_masks(batch, "prompt")

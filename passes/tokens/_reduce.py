@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self, cast
 
 from ...compress.base import Context, Json, Notes, Pass
 from ...compress.errors import ModelError, PromiseBroken, Unmet
@@ -104,7 +104,7 @@ class Reduce(Pass):
 
     def apply(self, model: ModelView, ctx: Context) -> Notes:
         reduction = self._install(model, self.choose)
-        counts = sorted({tokens for batch in ctx.fit for tokens in _image_sizes(reduction, batch)})
+        counts = sorted({tokens for batch in ctx.fit for tokens in image_sizes(model, batch)})
         kept = [reduction.kept(tokens) for tokens in counts]
         record: dict[str, Json] = {"keep": self.keep, "kept_per_image": kept[0] if len(set(kept)) == 1 else None}
         numbers: dict[str, Json] = {"tokens_per_image": counts, "kept_per_image": kept}
@@ -172,7 +172,9 @@ class Select(Reduce):
         return tuple((name, {"keep": self.keep}) for name in CONTROLS) if self.against_controls else ()
 
 
-def _image_sizes(reduction: Reduction, batch: Mapping[str, Tensor]) -> set[int]:
+def image_sizes(model: ModelView, batch: Mapping[str, Tensor]) -> set[int]:
     """Tokens of the images in a batch."""
-    rows = reduction.image_lengths(batch["input_ids"].eq(reduction.image_token_id))
+    from ...compress.runtime.images import image_lengths
+
+    rows = image_lengths(batch["input_ids"].eq(cast(int, model.image_token_id)), model.per_image() or 0)
     return {tokens for row in rows for tokens in row}

@@ -20,6 +20,7 @@ from ...anatomy import ModelView
 from ...errors import Unmet, WorkFailed
 from ..activations import installed
 from ..codebook import integer_grids
+from ..rules import blocks_of, rule_of
 from .constants import Counts, compress_constants, pack_constants
 
 MASKED = -1e9  # added to scores of tokens that must not be seen; finite, so that a row that sees nothing is no NaN
@@ -85,6 +86,8 @@ def image_modules(view: ModelView) -> list[str]:
     """
     if view.family.seq2seq:
         raise _refused(view, "its language model is an encoder-decoder: the runtime holds one decoder with one cache")
+    if any(not rule_of(block).plain for block in blocks_of(view.model).values()):
+        raise _refused(view, "its blocks treat visual tokens differently, which one graph of the decoder does not")
     paths = [view.tower_path]
     for unit in view.parts.get("connector", ()):
         if unit.path.startswith(f"{view.tower_path}."):

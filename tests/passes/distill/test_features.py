@@ -105,7 +105,7 @@ def test_after_a_token_pass_the_same_tokens_are_compared() -> None:
     width = seen.states[0][0].shape[-1]
     numbered = torch.arange(rows * tokens).view(rows, tokens, 1).expand(-1, -1, width).float()
     mine, theirs = states_of(student, batch, unit, seen, Seen(seen.logits, [[numbered]]), 0)
-    places, valid = seen.kept
+    places, valid = seen.kept.whole
     wanted = [r * tokens + int(p) for r in range(rows) for p, v in zip(places[r], valid[r]) if v]
     wanted = [n for n in wanted if batch["attention_mask"].flatten()[n]]
     assert theirs[:, 0].long().tolist() == wanted and len(mine) == len(wanted)

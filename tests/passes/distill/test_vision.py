@@ -28,7 +28,7 @@ def test_the_loss_compares_the_tokens_that_are_left_with_their_nearest(family: s
     seen, wanted = (observe(view, batch, visual=True) for view in (student, teacher))
     torch.testing.assert_close(seen.logits, answer_logits(student, batch))
     assert seen.kept is not None
-    left = torch.zeros_like(batch["input_ids"], dtype=torch.bool).scatter(1, *seen.kept)
+    left = torch.zeros_like(batch["input_ids"], dtype=torch.bool).scatter(1, *seen.kept.whole)
     visual = batch["input_ids"] == zoo.IMAGE
     total, count = 0.0, 0
     with torch.no_grad():

@@ -1,0 +1,113 @@
+"""Less work on visual tokens in the decoder: exact match, KL, FLOPs, time to first token and KV bytes, demo model.
+
+    python benchmarks/fuse.py --json benchmarks/results/fuse.json [--only freeze bypass] [--steps 400] [--runs DIR]
+
+Each case is a recipe, run as `svlm compress` runs it, over the same 256 questions to fit on and 512 to check with, and
+fresh scenes to train on; a line of the table is one stage of it. Killed cases go on where they were, finished ones are
+not run again. Cases whose passes are not on the menu are left out. Figures of a case that was trained depend on
+--steps, so give each number of steps a file and a folder of its own.
+
+freeze, freeze-kl      visual tokens frozen in half of the blocks, chosen greedily or each alone.
+fastv-50, fastv-25     half or a quarter of each image's tokens from block 2 on. pyramid: a half, a quarter, an eighth.
+bypass, bypass-2       visual tokens skip the decoder and are read in one block, or in two; then distillation.
+prefuse                one token an image, after blocks that fuse image and question; then distillation.
+grid-50, grid-25, pool-50, pool-25, pool-25-healed, grid-25-healed
+                       fewer tokens before the decoder: what the others have to beat at the same count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import svlm
+from svlm import passes
+from svlm.compress.disk import write_json
+from svlm.compress.recipe import Recipe
+from svlm.passes.api import Options, compress_model
+
+HEAL = {"distill.logits": {"lr": 1.0e-3, "train": "full"}}
+CASES: dict[str, list[dict[str, dict[str, Any]]]] = {
+    "freeze": [{"fuse.freeze_vision": {"share": 0.5}}],
+    "freeze-kl": [{"fuse.freeze_vision": {"share": 0.5, "criterion": "kl"}}],
+    "fastv-50": [{"tokens.fastv": {"keep": 0.5, "block": 2}}],
+    "fastv-25": [{"tokens.fastv": {"keep": 0.25, "block": 2}}],
+    "pyramid": [{"tokens.pyramid": {"ratio": 0.5}}],
+    "bypass": [{"fuse.bypass": {"count": 1}}, HEAL],
+    "bypass-2": [{"fuse.bypass": {"count": 2}}, HEAL],
+    "prefuse": [{"fuse.prefuse": {}}, HEAL],
+    "grid-50": [{"tokens.grid": {"keep": 0.5}}],
+    "grid-25": [{"tokens.grid": {"keep": 0.25}}],
+    "grid-25-healed": [{"tokens.grid": {"keep": 0.25}}, HEAL],
+    "pool-50": [{"tokens.pool": {"keep": 0.5}}],
+    "pool-25": [{"tokens.pool": {"keep": 0.25}}],
+    "pool-25-healed": [{"tokens.pool": {"keep": 0.25}}, HEAL],
+}
+
+
+def there(case: str) -> bool:
+    """Whether all passes of a case are on the menu."""
+    return all(name in passes.names() for row in CASES[case] for name in row)
+
+
+def recipe_of(case: str, fit: int, check: int, steps: int) -> Recipe:
+    rows: list[dict[str, Any]] = []
+    for row in CASES[case]:
+        ((name, settings),) = row.items()
+        rows.append({name: settings | ({"steps": steps} if name.startswith("distill.") else {}), "gate": None})
+    value = {"name": case, "passes": rows, "calibration": {"fit": fit, "check": check, "seed": 0}}
+    return Recipe.from_json(value, svlm.find)
+
+
+def told(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """What is kept of a report: one row a stage."""
+    rows = []
+    for stage in report["stages"]:
+        quality, cost = stage["quality"], stage["cost"]
+        match, latency = quality["exact_match"], cost["latency_ms"]
+        row = {"pass": stage["pass"], "settings": stage["settings"], "exact_match": match["value"]}
+        row |= {"delta": match["delta"], "ci95": match["ci95"], "kl": quality["kl"], "flops": cost["flops"]}
+        row |= {"visual_tokens": cost["visual_tokens"], "kv_bytes": cost["kv_bytes"], "parameters": cost["parameters"]}
+        row["ttft_ms"] = None if latency["prefill"] is None else latency["vision"] + latency["prefill"]
+        rows.append(row | {"decode_ms": latency["decode_per_token"], "seconds": stage["seconds"]})
+    return rows
+
+
+def show(case: str, rows: list[dict[str, Any]]) -> None:
+    print(case)
+    first = rows[0]
+    for row in rows:
+        low, high = (100 * bound for bound in row["ci95"])
+        change = f"{100 * row['delta']:+6.1f} [{low:+.1f}, {high:+.1f}]"
+        flops = " ".join(f"{part} {row['flops'][part] / first['flops'][part]:.2f}" for part in ("vision", "prefill"))
+        time = "" if row["ttft_ms"] is None else f"TTFT {row['ttft_ms']:.1f} ms  "
+        print(
+            f"  {row['pass'] or 'original':20} exact match {100 * row['exact_match']:5.1f} %  {change:22} "
+            f"KL {row['kl']:.4f}  FLOPs {flops}  {time}KV {row['kv_bytes'] / first['kv_bytes']:.2f}  "
+            f"parameters {row['parameters'] / first['parameters']:.2f}"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=list(CASES), default=[case for case in CASES if there(case)])
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--fit", type=int, default=256)
+    parser.add_argument("--check", type=int, default=512)
+    parser.add_argument("--runs", type=Path, default=Path("runs/fuse"))
+    parser.add_argument("--json", type=Path, required=True)
+    o = parser.parse_args()
+    kept: dict[str, Any] = json.loads(o.json.read_text()) if o.json.is_file() else {}
+    for case in o.only:
+        if case not in kept:
+            out = o.runs / case
+            recipe = recipe_of(case, o.fit, o.check, o.steps)
+            kept[case] = told(compress_model("demo", recipe, "demo", out, Options(resume=out.exists())))
+            write_json(o.json, kept)
+        show(case, kept[case])
+
+
+if __name__ == "__main__":
+    main()
