@@ -39,12 +39,17 @@ class Layout:
         head_dim: dotted attribute of the block that holds the width of one attention head.
         rotary: whether queries and keys are rotated by position.
         norms_if: dotted attribute of the block; the steps' norms hold only where it is true.
+        entry: a norm of the block whose output the first step alone reads, but with the channels of several positions
+            side by side (patch merging): input channel j of its linears is channel ``j % width`` of the norm.
+        matrix: a bare parameter [inputs, outputs] that reads `entry` in place of linears.
     """
 
     steps: tuple[Step, ...]
     head_dim: str | None = None
     rotary: bool = False
     norms_if: str | None = None
+    entry: str | None = None
+    matrix: str | None = None
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any], where: str = "") -> Layout:
@@ -53,7 +58,7 @@ class Layout:
         Raises:
             ModelError: an unknown key or role.
         """
-        _only(data, {"steps", "head_dim", "rotary", "norms_if"}, where)
+        _only(data, {"steps", "head_dim", "rotary", "norms_if", "entry", "matrix"}, where)
         steps = []
         for row in data["steps"]:
             _only(row, {"norm", "linears"}, where)
@@ -63,7 +68,8 @@ class Layout:
                     raise ModelError(f"no such role: '{role}'", where=where, change=did_you_mean(role, ROLES))
                 pairs += [(role, path) for path in ([paths] if isinstance(paths, str) else paths)]
             steps.append(Step(tuple(pairs), row.get("norm")))
-        return cls(tuple(steps), data.get("head_dim"), bool(data.get("rotary", False)), data.get("norms_if"))
+        names = {key: data.get(key) for key in ("head_dim", "norms_if", "entry", "matrix")}
+        return cls(tuple(steps), rotary=bool(data.get("rotary", False)), **names)
 
     def to_json(self) -> dict[str, Any]:
         steps = []
@@ -72,7 +78,8 @@ class Layout:
             for role, path in step.linears:
                 linears.setdefault(role, []).append(path)
             steps.append({"norm": step.norm, "linears": linears})
-        return {"steps": steps, "head_dim": self.head_dim, "rotary": self.rotary, "norms_if": self.norms_if}
+        rest = ("head_dim", "rotary", "norms_if", "entry", "matrix")
+        return {"steps": steps} | {key: getattr(self, key) for key in rest}
 
 
 def _only(data: Mapping[str, Any], known: set[str], where: str) -> None:
@@ -151,10 +158,9 @@ def _davit(attention: str, windows: bool) -> Layout:
     return Layout(steps + _mlp("norm2", "ffn.fc1", "ffn.fc2"))
 
 
-def _projector(*linears: str, norm: str | None = None, norms_if: str | None = None) -> Layout:
-    if len(linears) == 1:
-        return Layout((_step(norm, other=linears[0]),), norms_if=norms_if)
-    return Layout(_mlp(norm, *linears), norms_if=norms_if)
+def _projector(*linears: str, norm: str | None = None, norms_if: str | None = None, entry: str | None = None) -> Layout:
+    steps = (_step(norm, other=linears[0]),) if len(linears) == 1 else _mlp(norm, *linears)
+    return Layout(steps, norms_if=norms_if, entry=entry)
 
 
 LAYOUTS: dict[str, Layout] = {
@@ -201,13 +207,15 @@ LAYOUTS: dict[str, Layout] = {
     "LlavaOnevisionMultiModalProjector": _projector("linear_1", "linear_2"),
     "InternVLMultiModalProjector": _projector("linear_1", "linear_2", norm="layer_norm"),
     "PaliGemmaMultiModalProjector": _projector("linear"),
-    "Gemma3MultiModalProjector": Layout(()),  # its projection is a bare parameter, not a linear
+    "Gemma3MultiModalProjector": Layout((), entry="mm_soft_emb_norm", matrix="mm_input_projection_weight"),
     "Florence2MultiModalProjector": _projector("image_projection"),
     "Idefics3Connector": _projector("modality_projection.proj"),
     "SmolVLMConnector": _projector("modality_projection.proj"),
-    "PatchMerger": _projector("mlp.0", "mlp.2"),
-    "Qwen2_5_VLPatchMerger": _projector("mlp.0", "mlp.2"),
-    "Qwen3VLVisionPatchMerger": _projector("linear_fc1", "linear_fc2", norm="norm", norms_if="use_postshuffle_norm"),
+    "PatchMerger": _projector("mlp.0", "mlp.2", entry="ln_q"),
+    "Qwen2_5_VLPatchMerger": _projector("mlp.0", "mlp.2", entry="ln_q"),
+    "Qwen3VLVisionPatchMerger": _projector(
+        "linear_fc1", "linear_fc2", norm="norm", norms_if="use_postshuffle_norm", entry="norm"
+    ),
     "Blip2QFormerLayer": Layout(
         _attention(None, "attention", "output.dense", q="attention.query", k="attention.key", v="attention.value")
         + _cross("crossattention", "output.dense", q="attention.query", k="attention.key", v="attention.value")

@@ -85,6 +85,9 @@ class Unit:
         index: the number in ``part.blocks[index]``; None for a loose module.
         tokens: what the rows of its input are: ``image``, ``prompt`` or ``sequence`` (see `families.Place`); `cross`
             is the same for the keys and values of cross-attention.
+        entry: path of a norm whose output the first stage alone reads, as it is or with the channels of several
+            positions side by side, or None; not one that `LinearRef.norm` names.
+        matrix: path of the bare parameter [inputs, outputs] that reads it instead, or None.
     """
 
     name: str
@@ -100,6 +103,8 @@ class Unit:
     attention: AttentionGeometry | None = None
     cross_attention: AttentionGeometry | None = None
     mlp: MlpGeometry | None = None
+    entry: str | None = None
+    matrix: str | None = None
 
 
 def find_anchors(model: Any, family: Family, paths: Mapping[str, nn.Module]) -> dict[str, str]:
@@ -131,10 +136,7 @@ def _places(
         if not place.stack:
             return anchors[path], [anchors[path]]
         path = _first_layers(anchors[path], paths) + ".*"
-    for anchor, name in anchors.items():
-        path = path.replace(anchor, name)
-    patterns = [re.compile(re.escape(p).replace(r"\*", "[^.]*")) for p in path.split("|")]
-    found = [name for name in paths if any(p.fullmatch(name) for p in patterns)]
+    path, found = _matching(path, paths, anchors)
     if not found and not place.optional:
         raise ModelError(
             f"the model has no module at '{place.path}'",
@@ -142,6 +144,20 @@ def _places(
             change="correct the path in the row, or mark the place optional: true",
         )
     return path, found
+
+
+def _matching(pattern: str, paths: Mapping[str, nn.Module], anchors: Mapping[str, str]) -> tuple[str, list[str]]:
+    """`pattern` with its anchors filled in, and the modules that it matches, as the model registers them."""
+    for anchor, name in anchors.items():
+        pattern = pattern.replace(anchor, name)
+    patterns = [re.compile(re.escape(p).replace(r"\*", "[^.]*")) for p in pattern.split("|")]
+    return pattern, [name for name in paths if any(p.fullmatch(name) for p in patterns)]
+
+
+def _norm_before(place: Place, paths: Mapping[str, nn.Module], anchors: Mapping[str, str]) -> str | None:
+    """The norm outside a place that its first linears alone read, where the model has it."""
+    found = _matching(place.entry, paths, anchors)[1] if place.entry else []
+    return found[-1] if found else None
 
 
 def _first_layers(root: str, paths: Mapping[str, nn.Module]) -> str:
@@ -188,7 +204,8 @@ def find_units(
                 index = counts[place.part]
                 counts[place.part] += 1
                 title = f"{place.part}.blocks[{index}]"
-            unit = Unit(title, place.part, index, name, paths[name], stack, place.tokens, place.cross)
+            entry = _norm_before(place, paths, anchors)
+            unit = Unit(title, place.part, index, name, paths[name], stack, place.tokens, place.cross, entry=entry)
             _fill(unit, layouts[type(paths[name]).__name__])
             units.append(unit)
     _check_partition(family, paths, units)
@@ -204,6 +221,7 @@ def _fill(unit: Unit, layout: Layout) -> None:
     if stray:
         raise unplaced_linears(unit.name, type(unit.module).__name__, [f"{unit.path}.{name}" for name in stray])
     norms_hold = layout.norms_if is None or bool(attrgetter(layout.norms_if)(unit.module))
+    entry = f"{unit.path}.{layout.entry}" if layout.entry and not (layout.norms_if and norms_hold) else unit.entry
     stages: list[tuple[LinearRef, ...]] = []
     for step in layout.steps:
         norm = f"{unit.path}.{step.norm}" if step.norm and norms_hold else None
@@ -221,6 +239,8 @@ def _fill(unit: Unit, layout: Layout) -> None:
         "attention": _attention(unit, layout, linears, "attn"),
         "cross_attention": _attention(unit, layout, linears, "cross"),
         "mlp": _mlp(linears),
+        "entry": entry,
+        "matrix": f"{unit.path}.{layout.matrix}" if layout.matrix else None,
     }
     for name, value in geometry.items():
         object.__setattr__(unit, name, value)

@@ -24,6 +24,8 @@ MENU = {
     "tokens.dpp": "tokens.dpp:DPP",
     "tokens.random": "tokens.random:Random",
     "tokens.grid": "tokens.grid:Grid",
+    "fuse.norms": "fuse.norms:Norms",
+    "fuse.connector": "fuse.connector:Connector",
     "quantize.rtn": "quantize.rtn:RTN",
     "quantize.gptq": "quantize.gptq:GPTQ",
     "quantize.awq": "quantize.awq:AWQ",

@@ -61,7 +61,7 @@ def test_settings(name):
     assert kind.name == name and kind.summary and kind.paper
     step = make(name)
     assert kind.from_settings(yaml.safe_load(yaml.safe_dump(step.settings()))) == step
-    field = dataclasses.fields(step)[0].name
+    field = next((f.name for f in dataclasses.fields(step)), "name")  # some have no setting
     with pytest.raises(dataclasses.FrozenInstanceError):
         setattr(step, field, None)
     ladder, milder = 0, step.weaker()
@@ -119,6 +119,7 @@ CROSS = (
     "donut",
 )  # where reducing visual tokens is refused, with a reason
 UNMET: dict[str, tuple[str, ...]] = {f"tokens.{name}": CROSS for name in ("dpp", "random", "grid")}
+UNMET["fuse.connector"] = ("llava", "llava-next", "llava-onevision", "internvl", "florence-2", "trocr", "donut")
 UNMET["prune.vocabulary"] = FAMILIES  # the zoo has no tokenizers; tests/compress/test_vocabulary.py cuts every family
 UNMET["quantize.kv_cache"] = ("trocr",)  # generates without a cache
 
