@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +20,7 @@ from .families import PARTS, Family, known_rows
 from .ledger import Ledger
 from .runtime.activations import Activation
 from .runtime.activations import installed as rounding_of
-from .runtime.reduce import installed, kept_count
+from .runtime.reduce import installed
 from .selectors import Where, select_linears
 from .units import AttentionGeometry, LinearRef, MlpGeometry, Stack, Unit, find_anchors, find_units
 from .unknown import unknown_family
@@ -264,8 +263,7 @@ class ModelView:
             reduction = installed(self.model)
             if reduction is None:
                 return vision.sum(1).tolist()
-            runs = [[len(list(run)) for is_vision, run in groupby(row) if is_vision] for row in vision.tolist()]
-            return [sum(kept_count(length, reduction.keep) for length in row) for row in runs]
+            return [sum(reduction.kept(length) for length in row) for row in reduction.image_lengths(vision)]
         if "pixel_values" not in batch:
             return [0] * len(next(iter(batch.values())))
         with torch.no_grad():

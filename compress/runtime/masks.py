@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -75,3 +76,30 @@ def mask_far(mask: Tensor | None, asking: Tensor, held: Tensor, window: int) -> 
     if mask.dtype == torch.bool:
         return mask & ~far
     return mask.masked_fill(far, torch.finfo(mask.dtype).min)
+
+
+def windowed(decoder: Any, mask: Any, past: Shortened, index: Tensor, values: Mapping[str, Any], window: int) -> Any:
+    """`mask` with sliding windows that count original distances, as if no token had been taken out.
+
+    Args:
+        mask: for the chosen tokens (`shorten_mask`). index: their places among the new tokens, [batch, q'].
+        values: the decoder's other arguments, chosen tokens alone.
+    """
+    asking = past.span + index  # original places
+    held = torch.cat([past.slots, asking], dim=1)
+    if int(held.max()) < window:
+        return mask
+    if mask is None or (isinstance(mask, Tensor) and mask.ndim == 2):
+        from transformers.masking_utils import create_masks_for_generate
+
+        mask = create_masks_for_generate(
+            config=decoder.config,
+            inputs_embeds=values["inputs_embeds"],
+            attention_mask=held.new_ones(held.shape) if mask is None else mask,
+            past_key_values=values.get("past_key_values"),
+            position_ids=None,
+        )
+    if isinstance(mask, dict):
+        name = "sliding_attention"
+        return {**mask, name: mask_far(mask.get(name), asking, held, window)} if name in mask else mask
+    return mask_far(mask, asking, held, window)

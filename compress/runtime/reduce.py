@@ -17,33 +17,30 @@ Images are runs of consecutive image tokens (a tile between separators is one; v
 `kept_count` tokens stay, a number that depends on its length alone, and the choice depends on its own features (and,
 where asked for, on its row's prompt), never on the rest of the batch. Rows that end up shorter are filled up on the
 left with masked tokens.
+
+A method may also change what stays. Merging is part of its choice (`images.Choice.weights`). A module given as
+`rewrite` sees the whole sequence and what was chosen, and returns other embeddings for it; its parameters are the
+reduction's, and so the model's.
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
-import math
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
-from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError, UsageError
-from .masks import gather, mask_far, order, shorten_mask
+from .hooks import layer_types, merger, named, owner, parameters, setting, window_of
+from .images import Choice, Choose, Chosen, Images, kept_count, mixed, numbered, runs
+from .masks import gather, order, shorten_mask, windowed
 from .shortened import Shortened, shortened, state_of
 
 SLOT = "visual_token_reduction"  # name of the Reduction among the decoder's children
 VISUAL_MASK, VISUAL_FEATURES = "visual_pos_masks", "deepstack_visual_embeds"  # Qwen3-VL's inputs by visual token
-Choose = Callable[[Tensor, int, Tensor | None], Tensor]
-
-
-def kept_count(tokens: int, keep: float) -> int:
-    """How many of an image's `tokens` stay: the fraction `keep`, rounded half up, at least one."""
-    return max(1, math.floor(keep * tokens + 0.5))
+Rewrite = Callable[[Tensor, "Call", list[Chosen]], Tensor]
 
 
 def installed(model: nn.Module) -> Reduction | None:
@@ -60,15 +57,15 @@ def install(model: nn.Module, decoder_path: str, reduction: Reduction) -> None:
     reason = obstacle(model, decoder_path)
     if reason:
         raise ModelError("this model cannot run with fewer visual tokens", where=decoder_path, found=reason)
-    decoder, merger = model.get_submodule(decoder_path), _merger(model, decoder_path)
-    assert merger is not None
+    decoder, merges = model.get_submodule(decoder_path), merger(model, decoder_path)
+    assert merges is not None
     decoder.register_module(SLOT, reduction)
-    reduction.window = _window(decoder)
-    reduction.causal = not _setting(decoder, "use_bidirectional_attention")
-    if reduction.prompt:
+    reduction.window = window_of(decoder)
+    reduction.causal = not setting(decoder, "use_bidirectional_attention")
+    if reduction.prompt or reduction.rewrite is not None:
         model.register_forward_pre_hook(reduction.note_labels, with_kwargs=True)
-    merger.register_forward_pre_hook(reduction.begin, with_kwargs=True)
-    merger.register_forward_hook(reduction.end, always_call=True)
+    merges.register_forward_pre_hook(reduction.begin, with_kwargs=True)
+    merges.register_forward_hook(reduction.end, always_call=True)
     decoder.register_forward_pre_hook(reduction.shorten, with_kwargs=True)
     decoder.register_forward_hook(reduction.spread)
 
@@ -78,7 +75,7 @@ def remove(model: nn.Module) -> None:
     reduction = installed(model)
     for module in list(model.modules()):
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key in [k for k, hook in hooks.items() if _owner(hook) is reduction is not None]:
+            for key in [k for k, hook in hooks.items() if owner(hook) is reduction is not None]:
                 del hooks[key]
         if module._modules.get(SLOT) is reduction is not None:
             del module._modules[SLOT]
@@ -94,21 +91,26 @@ def obstacle(model: nn.Module, decoder_path: str) -> str:
         return f"the generate() of {type(model).__name__} is its own and hides which of the decoder's tokens are visual"
     decoder = model.get_submodule(decoder_path)
     lacks = [
-        n for n in ("inputs_embeds", "attention_mask", "position_ids") if n not in _parameters(type(decoder).forward)
+        n for n in ("inputs_embeds", "attention_mask", "position_ids") if n not in parameters(type(decoder).forward)
     ]
     if lacks:
         return f"its {type(decoder).__name__} takes no {', '.join(lacks)}, so kept tokens cannot keep their positions"
-    strange = {"chunked_attention", "linear_attention"} & set(_layer_types(decoder))
+    strange = {"chunked_attention", "linear_attention"} & set(layer_types(decoder))
     if strange:
         return f"its decoder has layers of {', '.join(sorted(strange))}"
-    if _merger(model, decoder_path) is None:
+    if merger(model, decoder_path) is None:
         return "no module above the decoder takes both input_ids and pixel_values"
     return ""
 
 
 @dataclass
 class Call:
-    """One forward call, as seen before images and text are merged. Shapes: q new tokens, [batch, q]."""
+    """One forward call of q new tokens, as seen before images and text are merged; all [batch, q].
+
+    Attributes:
+        visual: image tokens. real: no padding. prompt: text that is not the answer (labels say so, where given).
+        positions: places counted without padding.
+    """
 
     visual: Tensor
     real: Tensor
@@ -128,27 +130,55 @@ class Cut:
 
 
 class Reduction(nn.Module):
-    """Runs a decoder on fewer visual tokens. No parameters, no buffers; `install` puts it on a model.
+    """Runs a decoder on fewer visual tokens; `install` puts it on a model. Parameters are those of `rewrite` alone.
 
     Args:
-        choose: `choose(features [n, T, D], k, relevance [n, T] or None) -> [n, k]`, positions within the image.
+        choose: `choose(images, k) -> Choice` (see `images`).
         keep: fraction of each image's tokens that stay.
         image_token_id: the id that stands for a visual token in `input_ids`.
         label: whose work this is (a pass name and its settings), for promises.
         prompt: whether `choose` is given `relevance`, the mean cosine of each visual token with the embeddings of its
             row's text (without the answer, where labels are passed to the model).
+        per_image: tokens of one image where all have as many (`ModelView.per_image`), to tell apart images without
+            text between them; 0: each run is one image.
+        count: how many tokens of each image stay, instead of `keep`.
+        rewrite: `rewrite(embeds [batch, q, D], call, chosen) -> [batch, q, D]`, called with gradients for every call
+            that has images, after merging and before anything is taken out (even where all stay); what it returns at
+            places that do not stay is dropped.
     """
 
     def __init__(
-        self, choose: Choose, keep: float, image_token_id: int, label: Mapping[str, Any], prompt: bool = False
+        self,
+        choose: Choose,
+        keep: float,
+        image_token_id: int,
+        label: Mapping[str, Any],
+        *,
+        prompt: bool = False,
+        per_image: int = 0,
+        count: int = 0,
+        rewrite: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.choose, self.keep, self.image_token_id = choose, keep, image_token_id
         self.label, self.prompt, self.window, self.causal = dict(label), prompt, 0, True
+        self.per_image, self.count, self.rewrite = per_image, count, rewrite
         self.labels: Tensor | None = None
         self.call: Call | None = None
         self.cut: Cut | None = None
         self.last: tuple[Tensor, Tensor] | None = None
+
+    def kept(self, tokens: int) -> int:
+        """How many tokens stay of an image of `tokens`."""
+        return kept_count(tokens, self.keep, self.count)
+
+    def image_lengths(self, visual: Tensor) -> list[list[int]]:
+        """Tokens of each image of each row, by the mask of visual tokens [batch, q]."""
+        lengths: list[list[int]] = [[] for _ in visual]
+        for places in runs(visual, self.per_image):
+            for row in (places[:, 0] // visual.shape[1]).tolist():
+                lengths[row].append(places.shape[1])
+        return lengths
 
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={v}" for k, v in self.label.items())
@@ -165,20 +195,20 @@ class Reduction(nn.Module):
 
     def attached_to(self, model: nn.Module, decoder_path: str) -> bool:
         """Whether this reduction still acts on the decoder of `model`: all its hooks are in place."""
-        decoder, merger = model.get_submodule(decoder_path), _merger(model, decoder_path)
-        if merger is None:
+        decoder, merges = model.get_submodule(decoder_path), merger(model, decoder_path)
+        if merges is None:
             return False
-        places = (merger._forward_pre_hooks, decoder._forward_pre_hooks, decoder._forward_hooks)
-        return all(any(_owner(hook) is self for hook in hooks.values()) for hooks in places)
+        places = (merges._forward_pre_hooks, decoder._forward_pre_hooks, decoder._forward_hooks)
+        return all(any(owner(hook) is self for hook in hooks.values()) for hooks in places)
 
     # -- the hooks -----------------------------------------------------------------------------------------------------
 
     def note_labels(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        self.labels = _named(module, args, kwargs).get("labels")
+        self.labels = named(module, args, kwargs).get("labels")
 
     def begin(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Note which tokens of this call are visual; tell the outer code how long the cache really is."""
-        values = _named(module, args, kwargs)
+        values = named(module, args, kwargs)
         ids, cache, mask = values.get("input_ids"), values.get("past_key_values"), values.get("attention_mask")
         if ids is None:
             if values["inputs_embeds"].shape[1] > 1:
@@ -225,7 +255,7 @@ class Reduction(nn.Module):
     def shorten(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Take the tokens that were not chosen out of everything that the decoder is given."""
         call, self.call, self.cut = self.call, None, None
-        values = _named(module, args, kwargs)
+        values = named(module, args, kwargs)
         embeds, cache = values.get("inputs_embeds"), values.get("past_key_values")
         if call is None or embeds is None:
             return None
@@ -239,37 +269,45 @@ class Reduction(nn.Module):
         if new > 1:
             self.last = None
         state = state_of(cache)
-        kept = self._kept(call, embeds) if new > 1 else None
-        if kept is None and state is None:
-            return None
+        chosen = self._chosen(call, embeds) if new > 1 else []
+        if chosen:
+            embeds = mixed(embeds.flatten(0, 1), chosen).view_as(embeds)
+            values["inputs_embeds"] = embeds if self.rewrite is None else self.rewrite(embeds, call, chosen)
+        cutting = any(one.kept.shape != one.places.shape for one in chosen)
+        if not cutting and state is None:
+            return ((), values) if chosen else None
         past = state or Shortened.whole(rows, cache.get_seq_length() if cache is not None else 0, embeds.device)
         positions = values.get("position_ids")
         positions = call.positions if positions is None else positions
         positions = positions.expand(*positions.shape[:-2], rows, new)
         mask = values.get("attention_mask")
-        if kept is None:
+        if not cutting:
             past = past.grown(cache)
             index = torch.arange(new, device=embeds.device).expand(rows, new)
         else:
             if cache is not None and cache.is_compileable:
                 raise UsageError("a static cache cannot hold fewer visual tokens", change="use a dynamic cache")
             past = past.grown(cache) if cache is not None else past
+            kept = ~call.visual.flatten()
+            for one in chosen:
+                kept[one.kept] = True
+            kept = kept.view(rows, new)
             index, valid = order(kept)
             self.cut, self.last = Cut(index, valid, new, cache, past), (index, valid)
+            visual = values.get(VISUAL_MASK)
             for name, value in list(values.items()):
                 if name in ("attention_mask", "position_ids", "past_key_values"):
                     continue
                 if isinstance(value, Tensor) and value.ndim > 1 and value.shape[:2] == (rows, new):
                     values[name] = gather(value, index)
-            visual = values.get(VISUAL_MASK)
             if visual is not None:
-                values[VISUAL_MASK] = visual & valid
-                stay = kept[kwargs[VISUAL_MASK]]
-                values[VISUAL_FEATURES] = [f[stay] for f in values[VISUAL_FEATURES] or ()]
+                values[VISUAL_MASK] &= valid
+                stay, among = kept[visual], numbered(chosen, visual)
+                values[VISUAL_FEATURES] = [mixed(f, among)[stay] for f in values[VISUAL_FEATURES] or ()]
             positions = positions.gather(-1, index.expand(positions.shape[:-1] + index.shape[-1:]))
             mask = shorten_mask(mask, call.real, index, valid, past, self.causal)
         values["position_ids"] = positions
-        values["attention_mask"] = self._windowed(module, mask, past, index, values) if self.window else mask
+        values["attention_mask"] = windowed(module, mask, past, index, values, self.window) if self.window else mask
         return (), values
 
     def spread(self, module: nn.Module, args: tuple, output: Any) -> Any:
@@ -302,98 +340,29 @@ class Reduction(nn.Module):
     # -- private -------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _kept(self, call: Call, embeds: Tensor) -> Tensor | None:
-        """Tokens that stay, [batch, q]; None where all do."""
-        visual = call.visual
-        before = torch.nn.functional.pad(visual, (1, 0))[:, :-1]
-        run = (visual & ~before).flatten().long().cumsum(0) - 1
-        flat = visual.flatten()
-        counts = torch.bincount(run[flat])
-        lengths = [t for t in counts.unique().tolist() if kept_count(t, self.keep) < t]
-        if not lengths:
-            return None
-        kept = ~flat
-        sizes = torch.where(flat, counts[run.clamp_min(0)], 0)
+    def _chosen(self, call: Call, embeds: Tensor) -> list[Chosen]:
+        """What stays of each image; nothing where all of all do."""
+        found = runs(call.visual, self.per_image)
+        if self.rewrite is None and all(self.kept(places.shape[1]) == places.shape[1] for places in found):
+            return []
         features = embeds.detach().flatten(0, 1)
         text = self._text(call, embeds) if self.prompt else None
-        kept |= ~torch.isin(sizes, torch.tensor(lengths, device=sizes.device))
-        for tokens in lengths:
-            places = (sizes == tokens).nonzero().view(-1, tokens)
-            mine = features[places]
-            relevance = None
+        chosen = []
+        for places in found:
+            tokens = places.shape[1]
+            if self.kept(tokens) == tokens:
+                all_of_it = torch.arange(tokens, device=places.device).expand_as(places)
+                chosen.append(Chosen(places, Choice(all_of_it)))
+                continue
+            mine, relevance = features[places], None
             if text is not None:
-                row = places[:, 0] // visual.shape[1]
                 unit = torch.nn.functional.normalize(mine.float(), dim=-1)
-                relevance = (unit @ text[row, :, None]).squeeze(-1)
-            chosen = self.choose(mine, kept_count(tokens, self.keep), relevance)
-            kept[places.gather(1, chosen).flatten()] = True
-        return kept.view_as(visual)
+                relevance = (unit @ text[places[:, 0] // call.visual.shape[1], :, None]).squeeze(-1)
+            chosen.append(Chosen(places, self.choose(Images(mine, relevance), self.kept(tokens))))
+        return chosen
 
     @staticmethod
     def _text(call: Call, embeds: Tensor) -> Tensor:
         """Mean of the unit embeddings of each row's prompt, [batch, D]; zeros for a row without text."""
         unit = torch.nn.functional.normalize(embeds.detach().float(), dim=-1) * call.prompt[..., None]
         return unit.sum(1) / call.prompt.sum(1, keepdim=True).clamp_min(1)
-
-    def _windowed(self, module: Any, mask: Any, past: Shortened, index: Tensor, values: Mapping[str, Any]) -> Any:
-        """`mask` with sliding windows that count original distances, as if no token had been taken out."""
-        window = self.window
-        asking = past.span + index  # [batch, q'], original places
-        held = torch.cat([past.slots, asking], dim=1)
-        if int(held.max()) < window:
-            return mask
-        if mask is None or (isinstance(mask, Tensor) and mask.ndim == 2):
-            from transformers.masking_utils import create_masks_for_generate
-
-            mask = create_masks_for_generate(
-                config=module.config,
-                inputs_embeds=values["inputs_embeds"],
-                attention_mask=held.new_ones(held.shape) if mask is None else mask,
-                past_key_values=values.get("past_key_values"),
-                position_ids=None,
-            )
-        if isinstance(mask, dict):
-            name = "sliding_attention"
-            return {**mask, name: mask_far(mask.get(name), asking, held, window)} if name in mask else mask
-        return mask_far(mask, asking, held, window)
-
-
-def _merger(model: nn.Module, decoder_path: str) -> nn.Module | None:
-    """The innermost module above the decoder that is given ids and pixels; None where there is none."""
-    parts = decoder_path.split(".")
-    for depth in range(len(parts) - 1, -1, -1):
-        module = model.get_submodule(".".join(parts[:depth]))
-        if {"input_ids", "pixel_values"} <= set(_parameters(type(module).forward)):
-            return module
-    return None
-
-
-@functools.cache
-def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
-    """Names of the arguments of a method, without self."""
-    return tuple(inspect.signature(forward).parameters)[1:]
-
-
-def _named(module: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
-    """The arguments of a call by name."""
-    return dict(zip(_parameters(type(module).forward), args)) | kwargs
-
-
-def _owner(hook: Any) -> Any:
-    return hook.__self__ if isinstance(hook, MethodType) else None
-
-
-def _setting(decoder: Any, name: str) -> Any:
-    return decoder.config.to_dict().get(name)
-
-
-def _layer_types(decoder: Any) -> list[str]:
-    return list(_setting(decoder, "layer_types") or ())
-
-
-def _window(decoder: Any) -> int:
-    """The sliding window of those decoder layers that have one; 0 where none has."""
-    kinds = _layer_types(decoder)
-    if kinds and "sliding_attention" not in kinds:
-        return 0
-    return _setting(decoder, "sliding_window") or 0

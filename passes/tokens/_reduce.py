@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ...compress.anatomy import ModelView
+    from ...compress.runtime.images import Choice, Images
+    from ...compress.runtime.reduce import Reduction
 
 LADDER = (0.125, 0.25, 0.5, 0.75)
 
@@ -31,8 +33,8 @@ class Reduce(Pass):
         if not 0 < self.keep <= 1:
             raise ValueError(f"keep is a fraction in (0, 1], not {self.keep}")
 
-    def choose(self, features: Tensor, k: int, relevance: Tensor | None) -> Tensor:
-        """Positions [images, k] of the tokens that stay, ascending, of `features` [images, T, D]."""
+    def choose(self, images: Images, k: int) -> Choice:
+        """Which k tokens of each image stay, and what they become where they are merged."""
         raise TypeError(f"{type(self).__name__} does not define choose")
 
     def wants_relevance(self) -> bool:
@@ -55,24 +57,30 @@ class Reduce(Pass):
             )
 
     def apply(self, model: ModelView, ctx: Context) -> Notes:
-        from ...compress.runtime.reduce import kept_count
-
-        counts = sorted({tokens for batch in ctx.fit for tokens in _image_sizes(model, batch)})
-        kept = {kept_count(tokens, self.keep) for tokens in counts}
-        record: dict[str, Json] = {"keep": self.keep, "kept_per_image": kept.pop() if len(kept) == 1 else None}
-        self.rebuild(model, record)
-        return Notes(
-            numbers={"tokens_per_image": counts, "kept_per_image": [kept_count(t, self.keep) for t in counts]},
-            record=record,
-        )
+        reduction = self._install(model)
+        counts = sorted({tokens for batch in ctx.fit for tokens in _image_sizes(model, reduction, batch)})
+        kept = [reduction.kept(tokens) for tokens in counts]
+        record: dict[str, Json] = {"keep": self.keep, "kept_per_image": kept[0] if len(set(kept)) == 1 else None}
+        return Notes(numbers={"tokens_per_image": counts, "kept_per_image": kept}, record=record)
 
     def rebuild(self, model: ModelView, record: Mapping[str, Json]) -> None:
+        self._install(model)
+
+    def _install(self, model: ModelView) -> Reduction:
         from ...compress.runtime.reduce import Reduction, install
 
         if model.image_token_id is None:
             raise Unmet(f"{self.name}: this model has no image token", where=f"family {model.family.name}")
-        reduction = Reduction(self.choose, self.keep, model.image_token_id, self._label(), self.wants_relevance())
+        reduction = Reduction(
+            self.choose,
+            self.keep,
+            model.image_token_id,
+            self._label(),
+            prompt=self.wants_relevance(),
+            per_image=model.per_image() or 0,
+        )
         install(model.model, model.decoder_path, reduction)
+        return reduction
 
     def ensures(self, model: ModelView) -> None:
         from ...compress.runtime.reduce import installed
@@ -98,9 +106,7 @@ class Reduce(Pass):
         return {"pass": self.name, **self.settings()}
 
 
-def _image_sizes(model: ModelView, batch: Mapping[str, Tensor]) -> set[int]:
-    """Lengths of the runs of image tokens in a batch."""
-    from itertools import groupby
-
-    rows = batch["input_ids"].tolist()
-    return {len(list(run)) for row in rows for token, run in groupby(row) if token == model.image_token_id}
+def _image_sizes(model: ModelView, reduction: Reduction, batch: Mapping[str, Tensor]) -> set[int]:
+    """Tokens of the images in a batch."""
+    rows = reduction.image_lengths(batch["input_ids"] == model.image_token_id)
+    return {tokens for row in rows for tokens in row}

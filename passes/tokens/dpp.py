@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from ._reduce import Reduce
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from ...compress.runtime.images import Choice, Images
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,11 @@ class DPP(Reduce):
 
     relevance: Literal["none", "prompt"] = "none"
 
-    def choose(self, features: Tensor, k: int, relevance: Tensor | None) -> Tensor:
+    def choose(self, images: Images, k: int) -> Choice:
+        from ...compress.runtime.images import Choice
         from ._select import dpp
 
-        return dpp(features, k, relevance)
+        return Choice(dpp(images.features, k, images.relevance))
 
     def wants_relevance(self) -> bool:
         return self.relevance == "prompt"

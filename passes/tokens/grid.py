@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 from ._reduce import Reduce
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from ...compress.runtime.images import Choice, Images
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,8 @@ class Grid(Reduce):
     summary: ClassVar[str] = "fewer visual tokens: an even grid of them (a control)"
     paper: ClassVar[str] = "UniPruneBench, arXiv 2511.02650"
 
-    def choose(self, features: Tensor, k: int, relevance: Tensor | None) -> Tensor:
+    def choose(self, images: Images, k: int) -> Choice:
+        from ...compress.runtime.images import Choice
         from ._select import grid_positions
 
-        return grid_positions(features.shape[1], k).to(features.device).expand(features.shape[0], k)
+        return Choice(images.same(grid_positions(images.tokens, k)))

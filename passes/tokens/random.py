@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 from ._reduce import Reduce
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from ...compress.runtime.images import Choice, Images
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class Random(Reduce):
 
     seed: int = 0
 
-    def choose(self, features: Tensor, k: int, relevance: Tensor | None) -> Tensor:
+    def choose(self, images: Images, k: int) -> Choice:
+        from ...compress.runtime.images import Choice
         from ._select import random_positions
 
-        return random_positions(features.shape[1], k, self.seed).to(features.device).expand(features.shape[0], k)
+        return Choice(images.same(random_positions(images.tokens, k, self.seed)))

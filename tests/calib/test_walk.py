@@ -157,10 +157,15 @@ def test_hooks_on_blocks_run_once_a_forward() -> None:
 
 
 def test_fewer_visual_tokens_in_the_language_model() -> None:
+    from svlm.compress.runtime.images import Choice
     from svlm.compress.runtime.reduce import Reduction, install
 
     view, data = view_of(zoo.model("llava")), batches("llava")
-    chosen = Reduction(lambda f, k, _: f.norm(dim=-1).topk(k).indices.sort().values, 0.25, zoo.IMAGE, {"name": "norm"})
+
+    def longest(images: Any, k: int) -> Choice:
+        return Choice(images.features.norm(dim=-1).topk(k).indices.sort().values)
+
+    chosen = Reduction(longest, 0.25, zoo.IMAGE, {"name": "norm"})
     install(view.model, view.decoder_path, chosen)
     wanted = [logits(view, batch) for batch in data]
     walk = Walk(view, data, every_part(view))

@@ -236,10 +236,11 @@ def test_padding_that_looks_like_an_image_is_padding() -> None:
 
 
 def test_visual_tokens_after_a_token_pass() -> None:
+    from svlm.compress.runtime.images import Choice
     from svlm.compress.runtime.reduce import Reduction, install
 
     view = view_of(zoo.model("llava"))
-    chosen = Reduction(lambda f, k, _: torch.arange(k).expand(len(f), k), 0.25, zoo.IMAGE, {"name": "first"})
+    chosen = Reduction(lambda images, k: Choice(images.same(torch.arange(k))), 0.25, zoo.IMAGE, {"name": "first"})
     install(view.model, view.decoder_path, chosen)
     assert view.visual_tokens(zoo.batch("llava")) == [4, 4]
 

@@ -11,7 +11,8 @@ import transformers as tf
 
 from svlm.compress.anatomy import view_of
 from svlm.compress.errors import ModelError, UsageError
-from svlm.compress.runtime.reduce import Reduction, install, installed, kept_count, remove
+from svlm.compress.runtime.images import kept_count
+from svlm.compress.runtime.reduce import Reduction, install, installed, remove
 from svlm.passes.tokens.dpp import DPP
 from svlm.passes.tokens.grid import Grid
 from svlm.passes.tokens.random import Random

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from svlm.compress.runtime.reduce import kept_count
+from svlm.compress.runtime.images import kept_count
 from svlm.passes.tokens._select import dpp, grid_positions, random_positions, scaled
 from tests.oracles.dpp import greedy, kernel
 

@@ -1,0 +1,55 @@
+"""Where a model's forward is listened to, and the arguments of a call by name."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+from torch import nn
+
+
+def merger(model: nn.Module, decoder_path: str) -> nn.Module | None:
+    """The innermost module above the decoder that is given ids and pixels; None where there is none."""
+    parts = decoder_path.split(".")
+    for depth in range(len(parts) - 1, -1, -1):
+        module = model.get_submodule(".".join(parts[:depth]))
+        if {"input_ids", "pixel_values"} <= set(parameters(type(module).forward)):
+            return module
+    return None
+
+
+@functools.cache
+def parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """Names of the arguments of a method, without self."""
+    return tuple(inspect.signature(forward).parameters)[1:]
+
+
+def named(module: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
+    """The arguments of a call by name."""
+    return dict(zip(parameters(type(module).forward), args)) | kwargs
+
+
+def owner(hook: Any) -> Any:
+    """Whose method a hook is; None for a plain function."""
+    return hook.__self__ if isinstance(hook, MethodType) else None
+
+
+def setting(decoder: Any, name: str) -> Any:
+    """A value of the decoder's config; None where it has none of that name."""
+    return decoder.config.to_dict().get(name)
+
+
+def layer_types(decoder: Any) -> list[str]:
+    """What kind of attention each layer of the decoder has, where its config says so."""
+    return list(setting(decoder, "layer_types") or ())
+
+
+def window_of(decoder: Any) -> int:
+    """The sliding window of those decoder layers that have one; 0 where none has."""
+    kinds = layer_types(decoder)
+    if kinds and "sliding_attention" not in kinds:
+        return 0
+    return setting(decoder, "sliding_window") or 0
