@@ -275,6 +275,8 @@ LAYOUTS: dict[str, Layout] = {
     "TrOCRDecoderLayer": _bart(cross=True),
     "MBartEncoderLayer": _bart(cross=False, pre_norm=True),
     "MBartDecoderLayer": _bart(cross=True, pre_norm=True),
+    # what passes put onto a model
+    "QueryCompressor": Layout(tuple(_step(other=f"{part}_proj") for part in "qkvo")),
     # a linear that is a unit of its own
     "Linear": Layout((_step(other=""),)),
 }

@@ -19,7 +19,7 @@ from .blocks import Layout
 from .errors import ModelError, did_you_mean
 
 PARTS = ("vision", "connector", "language", "head")
-TOKENS = ("image", "prompt", "sequence")
+TOKENS = ("image", "prompt", "sequence", "all")
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ class Place:
         stack: whether `path` leads to a stack of blocks or to one loose module.
         optional: no error where the model has no such module.
         tokens: what the rows of the unit's input are: ``image`` (patches or visual tokens), ``sequence`` (the tokens
-            that the logits belong to), or ``prompt`` (the encoder's tokens in an encoder-decoder language model).
+            that the logits belong to), ``prompt`` (the encoder's tokens in an encoder-decoder language model), or
+            ``all`` (the tokens of the sequence before a token pass took any out).
         cross: the same for the keys and values of cross-attention.
         entry: dotted path of a norm outside, the last one where a pattern matches several, whose output the linears of
             the unit's first step alone read, as it is or with the channels of several positions side by side (see
@@ -294,6 +295,13 @@ FAMILIES: tuple[Family, ...] = (
             "language": ("decoder.hidden_size",),
         },
     ),
+)
+
+
+# what passes put onto a model, whatever its family (runtime/prefusion.py)
+ADDED = (
+    Place("connector", "prefusion.fuse*", optional=True, tokens="all"),
+    Place("connector", "prefusion.compress", optional=True),
 )
 
 

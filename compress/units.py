@@ -13,7 +13,7 @@ from torch import nn
 
 from .blocks import LAYOUTS, Layout
 from .errors import ModelError
-from .families import PARTS, Family, Place
+from .families import ADDED, PARTS, Family, Place
 from .unknown import unknown_blocks, unplaced_linears
 
 
@@ -83,7 +83,7 @@ class Unit:
     Attributes:
         name: ``vision.blocks[3]``, ``connector``, ``connector.language_projection``, ``head``.
         index: the number in ``part.blocks[index]``; None for a loose module.
-        tokens: what the rows of its input are: ``image``, ``prompt`` or ``sequence`` (see `families.Place`); `cross`
+        tokens: what the rows of its input are: ``image``, ``prompt``, ``sequence`` or ``all`` (see `families.Place`); `cross`
             is the same for the keys and values of cross-attention.
         entry: path of a norm whose output the first stage alone reads, as it is or with the channels of several
             positions side by side, or None; not one that `LinearRef.norm` names.
@@ -182,7 +182,7 @@ def find_units(
     model: Any, family: Family, paths: Mapping[str, nn.Module], anchors: Mapping[str, str]
 ) -> tuple[Unit, ...]:
     layouts = {**LAYOUTS, **family.blocks}
-    resolved = [(place, *_places(family, place, paths, anchors)) for place in family.places]
+    resolved = [(place, *_places(family, place, paths, anchors)) for place in (*family.places, *ADDED)]
     strangers = {
         type(paths[name]).__name__: name
         for _, _, found in reversed(resolved)
@@ -191,7 +191,8 @@ def find_units(
     }
     if strangers:
         raise unknown_blocks(model, family, {cls: (name, paths[name]) for cls, name in strangers.items()})
-    sizes = {part: sum(len(f) for p, _, f in resolved if p.part == part) for part in PARTS}
+    own = resolved[: len(family.places)]
+    sizes = {part: sum(len(f) for p, _, f in own if p.part == part) for part in PARTS}
     counts = dict.fromkeys(PARTS, 0)
     units = []
     for place, path, found in resolved:
@@ -199,7 +200,8 @@ def find_units(
         for name in found:
             if stack is None:
                 index = None
-                title = place.part if sizes[place.part] == 1 else f"{place.part}.{name.rsplit('.', 1)[-1]}"
+                alone = sizes[place.part] == 1 and place not in ADDED
+                title = place.part if alone else f"{place.part}.{name.rsplit('.', 1)[-1]}"
             else:
                 index = counts[place.part]
                 counts[place.part] += 1

@@ -26,6 +26,7 @@ MENU = {
     "tokens.grid": "tokens.grid:Grid",
     "fuse.norms": "fuse.norms:Norms",
     "fuse.connector": "fuse.connector:Connector",
+    "fuse.prefuse": "fuse.prefuse:Prefuse",
     "quantize.rtn": "quantize.rtn:RTN",
     "quantize.gptq": "quantize.gptq:GPTQ",
     "quantize.awq": "quantize.awq:AWQ",

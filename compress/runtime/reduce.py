@@ -18,15 +18,17 @@ Images are runs of consecutive image tokens (a tile between separators is one; v
 where asked for, on its row's prompt), never on the rest of the batch. Rows that end up shorter are filled up on the
 left with masked tokens.
 
-A method may also change what stays. Merging is part of its choice (`images.Choice.weights`). A module given as
-`rewrite` sees the whole sequence and what was chosen, and returns other embeddings for it; its parameters are the
-reduction's, and so the model's.
+A method may also change what stays. Merging is part of its choice (`images.Choice.weights`). What is given as `rewrite`
+sees the whole sequence and what was chosen, and returns other embeddings for it (see `prefusion`).
+
+Where the prompt matters, labels tell it from the answer; in `generate` the prompt is what `generate` was given, so that
+generation without a cache, which runs prompt and answer together, is the same as with one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -62,8 +64,9 @@ def install(model: nn.Module, decoder_path: str, reduction: Reduction) -> None:
     decoder.register_module(SLOT, reduction)
     reduction.window = window_of(decoder)
     reduction.causal = not setting(decoder, "use_bidirectional_attention")
-    if reduction.prompt or reduction.rewrite is not None:
+    if reduction.reads_labels:
         model.register_forward_pre_hook(reduction.note_labels, with_kwargs=True)
+        reduction.generating, model.generate = (model,), reduction.generate
     merges.register_forward_pre_hook(reduction.begin, with_kwargs=True)
     merges.register_forward_hook(reduction.end, always_call=True)
     decoder.register_forward_pre_hook(reduction.shorten, with_kwargs=True)
@@ -79,6 +82,8 @@ def remove(model: nn.Module) -> None:
                 del hooks[key]
         if module._modules.get(SLOT) is reduction is not None:
             del module._modules[SLOT]
+        if owner(vars(module).get("generate")) is reduction is not None:
+            del module.__dict__["generate"]
 
 
 def obstacle(model: nn.Module, decoder_path: str) -> str:
@@ -110,12 +115,15 @@ class Call:
     Attributes:
         visual: image tokens. real: no padding. prompt: text that is not the answer (labels say so, where given).
         positions: places counted without padding.
+        decoder, inputs: what is called, and its arguments by name, as they were before anything was taken out.
     """
 
     visual: Tensor
     real: Tensor
     prompt: Tensor
     positions: Tensor
+    decoder: Any = None
+    inputs: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -130,7 +138,7 @@ class Cut:
 
 
 class Reduction(nn.Module):
-    """Runs a decoder on fewer visual tokens; `install` puts it on a model. Parameters are those of `rewrite` alone.
+    """Runs a decoder on fewer visual tokens; `install` puts it on a model. It has no parameters.
 
     Args:
         choose: `choose(images, k) -> Choice` (see `images`).
@@ -143,8 +151,8 @@ class Reduction(nn.Module):
             text between them; 0: each run is one image.
         count: how many tokens of each image stay, instead of `keep`.
         rewrite: `rewrite(embeds [batch, q, D], call, chosen) -> [batch, q, D]`, called with gradients for every call
-            that has images, after merging and before anything is taken out (even where all stay); what it returns at
-            places that do not stay is dropped.
+            that has images, before anything is taken out (even where all stay), and in place of merging; what it
+            returns at places that do not stay is dropped.
     """
 
     def __init__(
@@ -157,16 +165,23 @@ class Reduction(nn.Module):
         prompt: bool = False,
         per_image: int = 0,
         count: int = 0,
-        rewrite: nn.Module | None = None,
+        rewrite: Rewrite | None = None,
     ) -> None:
         super().__init__()
         self.choose, self.keep, self.image_token_id = choose, keep, image_token_id
         self.label, self.prompt, self.window, self.causal = dict(label), prompt, 0, True
         self.per_image, self.count, self.rewrite = per_image, count, rewrite
         self.labels: Tensor | None = None
+        self.generating: tuple[Any, ...] = ()  # the model, in a tuple so that it does not become a child
+        self.asked: int | None = None  # tokens that `generate` was given
         self.call: Call | None = None
         self.cut: Cut | None = None
         self.last: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def reads_labels(self) -> bool:
+        """Whether labels are to be passed with the input, where there are any."""
+        return self.prompt or self.rewrite is not None
 
     def kept(self, tokens: int) -> int:
         """How many tokens stay of an image of `tokens`."""
@@ -206,6 +221,16 @@ class Reduction(nn.Module):
     def note_labels(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self.labels = named(module, args, kwargs).get("labels")
 
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own `generate`, with a note of where the prompt ends."""
+        (model,) = self.generating
+        ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+        self.asked = ids.shape[1] if isinstance(ids, Tensor) else None
+        try:
+            return type(model).generate(model, *args, **kwargs)
+        finally:
+            self.asked = None
+
     def begin(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Note which tokens of this call are visual; tell the outer code how long the cache really is."""
         values = named(module, args, kwargs)
@@ -234,6 +259,8 @@ class Reduction(nn.Module):
         prompt = real & ~visual
         if self.labels is not None and self.labels.shape == ids.shape:
             prompt &= self.labels == -100
+        if self.asked is not None:
+            prompt &= torch.arange(past, past + new, device=ids.device) < self.asked
         self.call, self.labels = Call(visual, real, prompt, positions), None
         state = state_of(cache)
         if state is not None:
@@ -270,9 +297,11 @@ class Reduction(nn.Module):
             self.last = None
         state = state_of(cache)
         chosen = self._chosen(call, embeds) if new > 1 else []
-        if chosen:
-            embeds = mixed(embeds.flatten(0, 1), chosen).view_as(embeds)
-            values["inputs_embeds"] = embeds if self.rewrite is None else self.rewrite(embeds, call, chosen)
+        if chosen and self.rewrite is None:
+            values["inputs_embeds"] = mixed(embeds.flatten(0, 1), chosen).view_as(embeds)
+        elif chosen and self.rewrite is not None:
+            call.decoder, call.inputs = module, dict(values)
+            values["inputs_embeds"] = self.rewrite(embeds, call, chosen)
         cutting = any(one.kept.shape != one.places.shape for one in chosen)
         if not cutting and state is None:
             return ((), values) if chosen else None

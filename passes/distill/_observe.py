@@ -29,7 +29,7 @@ def answer_logits(view: ModelView, batch: Batch) -> Tensor:
     model: Any = view.model
     where = answers(view, batch)
     reduction = installed(model)
-    needs_labels = view.family.seq2seq or (reduction is not None and reduction.prompt)
+    needs_labels = view.family.seq2seq or (reduction is not None and reduction.reads_labels)
     if needs_labels or "logits_to_keep" not in inspect.signature(model.forward).parameters:
         return all_logits(view, batch)[where]
     tail = where.shape[1] - int(where.any(0).int().argmax())  # the head runs from the first answer on
