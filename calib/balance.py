@@ -331,7 +331,8 @@ def answer_logits(view: ModelView, batch: Mapping[str, Any]) -> tuple[torch.Tens
         reduction = installed(model)
         labels = labels[:, 1:]
         first = int((labels != -100).any(0).int().argmax())
-        if "logits_to_keep" in inspect.signature(model.forward).parameters and not (reduction and reduction.reads_labels):
+        short = "logits_to_keep" in inspect.signature(model.forward).parameters
+        if short and not (reduction and reduction.reads_labels):
             del given["labels"]
             given["logits_to_keep"] = labels.shape[1] + 1 - first
         logits = model(**given).logits[:, -(labels.shape[1] + 1 - first) : -1]

@@ -83,11 +83,12 @@ class Unit:
     Attributes:
         name: ``vision.blocks[3]``, ``connector``, ``connector.language_projection``, ``head``.
         index: the number in ``part.blocks[index]``; None for a loose module.
-        tokens: what the rows of its input are: ``image``, ``prompt``, ``sequence`` or ``all`` (see `families.Place`); `cross`
-            is the same for the keys and values of cross-attention.
+        tokens: what the rows of its input are: ``image``, ``prompt``, ``sequence`` or ``all`` (see `families.Place`);
+            `cross` is the same for the keys and values of cross-attention.
         entry: path of a norm whose output the first stage alone reads, as it is or with the channels of several
             positions side by side, or None; not one that `LinearRef.norm` names.
         matrix: path of the bare parameter [inputs, outputs] that reads it instead, or None.
+        added: whether a pass put it onto the model; no config knows of it.
     """
 
     name: str
@@ -105,6 +106,7 @@ class Unit:
     mlp: MlpGeometry | None = None
     entry: str | None = None
     matrix: str | None = None
+    added: bool = False
 
 
 def find_anchors(model: Any, family: Family, paths: Mapping[str, nn.Module]) -> dict[str, str]:
@@ -207,7 +209,8 @@ def find_units(
                 counts[place.part] += 1
                 title = f"{place.part}.blocks[{index}]"
             entry = _norm_before(place, paths, anchors)
-            unit = Unit(title, place.part, index, name, paths[name], stack, place.tokens, place.cross, entry=entry)
+            where = (place.part, index, name, paths[name], stack, place.tokens, place.cross)
+            unit = Unit(title, *where, entry=entry, added=place in ADDED)
             _fill(unit, layouts[type(paths[name]).__name__])
             units.append(unit)
     _check_partition(family, paths, units)

@@ -11,6 +11,26 @@ from typing import Any
 from torch import nn
 
 
+class Generating:
+    """Stands in for a model's `generate`, and knows while that runs where the prompt ends.
+
+    Attributes:
+        given: tokens of the prompt, of one row; None outside of `generate`.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.given = model, None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own `generate`."""
+        ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+        self.given = None if ids is None else ids.shape[1]
+        try:
+            return type(self.model).generate(self.model, *args, **kwargs)
+        finally:
+            self.given = None
+
+
 def merger(model: nn.Module, decoder_path: str) -> nn.Module | None:
     """The innermost module above the decoder that is given ids and pixels; None where there is none."""
     parts = decoder_path.split(".")

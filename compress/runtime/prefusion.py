@@ -3,9 +3,9 @@
 The mechanism of `fuse.prefuse` (after LLaVA-Mini, arXiv 2501.03895). A `Prefusion` is the `rewrite` of a `Reduction`;
 for the tokens of one call that has images::
 
-    h  = block_N(... block_1(x))                x [batch, q, D]: the embeddings of all tokens of the call, visual ones too
-    x' = x + gate * (h - x)                     prompt and visual tokens; one gate a channel for text, one for visual
-    c  = attention(queries, x'[image])          n tokens for each image; the decoder sees these and the text
+    h  = block_N(... block_1(x))            x [batch, q, D]: embeddings of all tokens of the call, visual ones too
+    x' = x + gate * (h - x)                 prompt and visual tokens; one gate a channel for text, one for visual
+    c  = attention(queries, x'[image])      n tokens for each image; the decoder sees these and the text
 
 The blocks are run by the decoder's own forward, with its rotary embedding, masks, position ids and deep features, so
 that they compute what the decoder's blocks would. They keep no cache: they run once for a prompt, over the tokens of

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError, UsageError
-from .hooks import layer_types, merger, named, owner, parameters, setting, window_of
+from .hooks import Generating, layer_types, merger, named, owner, parameters, setting, window_of
 from .images import Choice, Choose, Chosen, Images, kept_count, mixed, numbered, runs
 from .masks import gather, order, shorten_mask, windowed
 from .shortened import Shortened, shortened, state_of
@@ -66,7 +66,7 @@ def install(model: nn.Module, decoder_path: str, reduction: Reduction) -> None:
     reduction.causal = not setting(decoder, "use_bidirectional_attention")
     if reduction.reads_labels:
         model.register_forward_pre_hook(reduction.note_labels, with_kwargs=True)
-        reduction.generating, model.generate = (model,), reduction.generate
+        reduction.generating = vars(model)["generate"] = Generating(model)
     merges.register_forward_pre_hook(reduction.begin, with_kwargs=True)
     merges.register_forward_hook(reduction.end, always_call=True)
     decoder.register_forward_pre_hook(reduction.shorten, with_kwargs=True)
@@ -82,8 +82,8 @@ def remove(model: nn.Module) -> None:
                 del hooks[key]
         if module._modules.get(SLOT) is reduction is not None:
             del module._modules[SLOT]
-        if owner(vars(module).get("generate")) is reduction is not None:
-            del module.__dict__["generate"]
+        if reduction is not None and vars(module).get("generate") is reduction.generating:
+            vars(module).pop("generate", None)
 
 
 def obstacle(model: nn.Module, decoder_path: str) -> str:
@@ -172,8 +172,7 @@ class Reduction(nn.Module):
         self.label, self.prompt, self.window, self.causal = dict(label), prompt, 0, True
         self.per_image, self.count, self.rewrite = per_image, count, rewrite
         self.labels: Tensor | None = None
-        self.generating: tuple[Any, ...] = ()  # the model, in a tuple so that it does not become a child
-        self.asked: int | None = None  # tokens that `generate` was given
+        self.generating: Generating | None = None
         self.call: Call | None = None
         self.cut: Cut | None = None
         self.last: tuple[Tensor, Tensor] | None = None
@@ -221,16 +220,6 @@ class Reduction(nn.Module):
     def note_labels(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self.labels = named(module, args, kwargs).get("labels")
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own `generate`, with a note of where the prompt ends."""
-        (model,) = self.generating
-        ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
-        self.asked = ids.shape[1] if isinstance(ids, Tensor) else None
-        try:
-            return type(model).generate(model, *args, **kwargs)
-        finally:
-            self.asked = None
-
     def begin(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Note which tokens of this call are visual; tell the outer code how long the cache really is."""
         values = named(module, args, kwargs)
@@ -259,8 +248,8 @@ class Reduction(nn.Module):
         prompt = real & ~visual
         if self.labels is not None and self.labels.shape == ids.shape:
             prompt &= self.labels == -100
-        if self.asked is not None:
-            prompt &= torch.arange(past, past + new, device=ids.device) < self.asked
+        if self.generating is not None and self.generating.given is not None:
+            prompt &= torch.arange(past, past + new, device=ids.device) < self.generating.given
         self.call, self.labels = Call(visual, real, prompt, positions), None
         state = state_of(cache)
         if state is not None:

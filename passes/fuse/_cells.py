@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -34,4 +35,4 @@ def _pieces(length: int, k: int) -> tuple[Tensor, Tensor]:
     member = torch.zeros(k, length)
     for i in range(k):
         member[i, ends[i] : ends[i + 1]] = 1
-    return torch.tensor([(a + b - 1) // 2 for a, b in zip(ends, ends[1:])]), member
+    return torch.tensor([(a + b - 1) // 2 for a, b in pairwise(ends)]), member

@@ -12,7 +12,6 @@ from ...compress.errors import PromiseBroken, Unmet
 if TYPE_CHECKING:
     from ...compress.anatomy import ModelView
     from ...compress.runtime.images import Choice, Images
-    from ...compress.runtime.prefusion import Prefusion
 
 MOST = 64  # tokens an image, where the ladder ends
 
@@ -138,7 +137,7 @@ class Prefuse(Pass):
         model.refresh()
 
     def ensures(self, model: ModelView) -> None:
-        from ...compress.runtime.prefusion import SLOT
+        from ...compress.runtime.prefusion import SLOT, Prefusion
         from ...compress.runtime.reduce import installed
 
         reduction, fusion = installed(model.model), model.model._modules.get(SLOT)
@@ -146,7 +145,7 @@ class Prefuse(Pass):
             found = "no reduction on the model" if reduction is None else f"another one: {reduction.label}"
         elif not reduction.attached_to(model.model, model.decoder_path):
             found = "its hooks on the decoder are gone"
-        elif fusion is None or getattr(reduction.rewrite, "__self__", None) is not fusion:
+        elif not isinstance(fusion, Prefusion) or getattr(reduction.rewrite, "__self__", None) is not fusion:
             found = "its blocks are gone"
         elif len(fusion.blocks) != self.blocks:
             found = f"{len(fusion.blocks)} blocks before the decoder, not {self.blocks}"
