@@ -137,15 +137,17 @@ class Prefuse(Pass):
         model.refresh()
 
     def ensures(self, model: ModelView) -> None:
+        from ...compress.runtime.hooks import owner
         from ...compress.runtime.prefusion import SLOT, Prefusion
         from ...compress.runtime.reduce import installed
 
-        reduction, fusion = installed(model.model), model.model._modules.get(SLOT)
+        reduction = installed(model.model)
+        fusion = model.model._modules.get(SLOT)
         if reduction is None or reduction.label != self._label():
             found = "no reduction on the model" if reduction is None else f"another one: {reduction.label}"
         elif not reduction.attached_to(model.model, model.decoder_path):
             found = "its hooks on the decoder are gone"
-        elif not isinstance(fusion, Prefusion) or getattr(reduction.rewrite, "__self__", None) is not fusion:
+        elif not isinstance(fusion, Prefusion) or owner(reduction.rewrite) is not fusion:
             found = "its blocks are gone"
         elif len(fusion.blocks) != self.blocks:
             found = f"{len(fusion.blocks)} blocks before the decoder, not {self.blocks}"

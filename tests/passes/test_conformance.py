@@ -27,6 +27,7 @@ SMALL = {  # settings that suit models with widths of 16 to 64
     "distill.logits": {"steps": 2, "batch_size": 2},
     "distill.features": {"steps": 2, "batch_size": 2, "features": ["vision", "language"]},
     "distill.blocks": {"steps": 2, "batch_size": 1},
+    "fuse.prefuse": {"tokens": 2, "blocks": 2, "gate": 0.5},
     "quantize.rtn": {"bits": 4, "group": -1, "where": ["language"]},
     "quantize.gptq": {"bits": 4, "group": -1, "where": ["language"]},
     "quantize.awq": {"bits": 4, "group": -1, "where": ["language"], "steps": 3},
@@ -99,7 +100,7 @@ def test_apply_rebuild_promise(name, family, tmp_path):
     yaml.safe_dump(notes.numbers), yaml.safe_dump(notes.record)
     kept, broken = ask_promises(view, passes.find)
     assert kept == [name] and broken is None
-    if not name.startswith("tokens."):
+    if not name.startswith(("tokens.", "fuse.prefuse")):
         assert count_hooks(model) == hooks, "hooks are left"
     with torch.no_grad():
         wanted = model(**batch).logits
@@ -119,6 +120,7 @@ CROSS = (
     "donut",
 )  # where reducing visual tokens is refused, with a reason
 UNMET: dict[str, tuple[str, ...]] = {f"tokens.{name}": CROSS for name in ("dpp", "random", "grid")}
+UNMET["fuse.prefuse"] = CROSS
 UNMET["fuse.connector"] = ("llava", "llava-next", "llava-onevision", "internvl", "florence-2", "trocr", "donut")
 UNMET["prune.vocabulary"] = FAMILIES  # the zoo has no tokenizers; tests/compress/test_vocabulary.py cuts every family
 UNMET["quantize.kv_cache"] = ("trocr",)  # generates without a cache

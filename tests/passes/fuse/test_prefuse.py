@@ -13,7 +13,8 @@ from svlm.calib.walk import Walk
 from svlm.compress import storage
 from svlm.compress.anatomy import view_of
 from svlm.compress.base import Context, evaluating
-from svlm.compress.errors import PromiseBroken, Unmet
+from svlm.compress.errors import PromiseBroken, Unmet, UsageError
+from svlm.compress.export.run import export_model
 from svlm.compress.pipeline import apply_pass, ask_promises
 from svlm.compress.runtime.prefusion import SLOT, sinusoids
 from svlm.compress.runtime.reduce import Reduction, install, installed, remove
@@ -350,6 +351,8 @@ def test_quantized_after_it_and_loaded(tmp_path):
     again = storage.load_model(tmp_path / "saved", find=passes.find)
     torch.testing.assert_close(logits(again.model, batch), logits(view.model, batch), rtol=1e-5, atol=1e-5)
     assert ask_promises(again, passes.find)[1] is None and again.grids.keys() == view.grids.keys()
+    with pytest.raises(UsageError, match=r"parts that no config says[\s\S]*connector\.fuse0"):
+        export_model(tmp_path / "saved", "gptq", tmp_path / "out", find=passes.find)
     with pytest.raises(Unmet, match="on a grid"):
         remove(view.model)
         Prefuse().requires(view, context())
