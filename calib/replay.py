@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 from ..compress.anatomy import LinearRef, ModelView, Unit
 from ..compress.base import evaluating
 from ..compress.errors import WorkFailed
+from ..compress.runtime.reduce import installed
 from .clock import Clock
 from .stats import Stat, fitting
 
@@ -30,8 +31,9 @@ class Probe:
 
     Attributes:
         successor: block -> the next block of its stack.
-        tapped: blocks whose output something besides the successor reads.
-        owners: a tower, a decoder or the parent of a stack -> the units inside; only those that all calls go through.
+        tapped: blocks whose output something besides the successor reads, a token pass that reads the tower among it.
+        owners: a tower, a decoder or the parent of a stack -> the units inside; only those that all calls go through,
+            and no tower of which a token pass reads a block: it would not run.
         mutates: the model changes block outputs in place, so that memos must be copied.
 
     What is looked at is one sample of the first batch of each kind, or that batch whole where it cannot be taken apart.
@@ -55,7 +57,10 @@ class Probe:
             for owner in dict.fromkeys(candidates)
             if owner and owner not in paths
         }
-        self.tapped: set[str] = set()
+        reduction = installed(view.model)
+        read = reduction.watch.reader.path if reduction is not None and reduction.watch is not None else ""
+        self.owners = {owner: inside for owner, inside in self.owners.items() if not read.startswith(owner + ".")}
+        self.tapped: set[str] = {path for path, after in self.successor.items() if after == read}
         self.mutates = False
         self._calls: dict[frozenset[str], dict[str, int]] = {}
         self._lengths: dict[frozenset[str], dict[str, list[int | None]] | None] = {}

@@ -7,6 +7,7 @@ model lies in exactly one unit, or the row says why it is ignored.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -21,6 +22,7 @@ from .ledger import Ledger
 from .runtime.activations import Activation
 from .runtime.activations import installed as rounding_of
 from .runtime.reduce import installed
+from .runtime.tower import Cells
 from .selectors import Where, select_linears
 from .units import AttentionGeometry, LinearRef, MlpGeometry, Stack, Unit, find_anchors, find_units
 from .unknown import unknown_family
@@ -65,14 +67,18 @@ class TokenMasks:
     padding: torch.Tensor
 
 
-def _square(value: Any) -> int:
+def _sides(value: Any) -> tuple[int, int]:
     height, width = value if isinstance(value, (list, tuple)) else (value, value)
-    return height * width
+    return height, width
+
+
+def _patch_grid(config: Any) -> tuple[int, int]:
+    image, patch = _sides(config.vision_config.image_size), _sides(config.vision_config.patch_size)
+    return image[0] // patch[0], image[1] // patch[1]
 
 
 def _patches(config: Any) -> int:
-    vision = config.vision_config
-    return _square(vision.image_size) // _square(vision.patch_size)
+    return math.prod(_patch_grid(config))
 
 
 PER_IMAGE: dict[str, Callable[[Any], int]] = {
@@ -81,6 +87,17 @@ PER_IMAGE: dict[str, Callable[[Any], int]] = {
     "downsampled_patches": lambda config: int(_patches(config) * config.downsample_ratio**2),
     "mm_tokens_per_image": lambda config: config.mm_tokens_per_image,
     "num_query_tokens": lambda config: config.num_query_tokens,
+}
+
+
+CELLS: dict[str, Callable[[Any, int | None], Cells]] = {  # (config, visual tokens of an image)
+    "square": lambda config, tokens: Cells(_patch_grid(config), math.isqrt(_patches(config) // (tokens or 1))),
+    "merged": lambda config, _: Cells(side=config.vision_config.spatial_merge_size),
+    "windows": lambda config, _: Cells(
+        side=config.vision_config.spatial_merge_size,
+        windows=(config.vision_config.window_size, config.vision_config.patch_size),
+        whole=tuple(config.vision_config.fullatt_block_indexes),
+    ),
 }
 
 
@@ -274,6 +291,11 @@ class ModelView:
         """Visual tokens of one image by the config alone; None where they depend on the image."""
         formula = self.family.per_image
         return PER_IMAGE[formula](self.model.config) if formula else None
+
+    def cells(self) -> Cells | None:
+        """Which patches of the vision tower become one visual token; None where the config alone does not say it."""
+        formula = self.family.cells
+        return CELLS[formula](self.model.config, self.per_image()) if formula else None
 
 
 def view_of(model: nn.Module, processor: Any = None, *, source: str = "", rows: Sequence[Family] = ()) -> ModelView:

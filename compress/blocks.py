@@ -42,6 +42,7 @@ class Layout:
         entry: a norm of the block whose output the first step alone reads, but with the channels of several positions
             side by side (patch merging): input channel j of its linears is channel ``j % width`` of the norm.
         matrix: a bare parameter [inputs, outputs] that reads `entry` in place of linears.
+        qk_norms: modules that queries and keys, heads not yet split, pass through before attention.
     """
 
     steps: tuple[Step, ...]
@@ -50,6 +51,7 @@ class Layout:
     norms_if: str | None = None
     entry: str | None = None
     matrix: str | None = None
+    qk_norms: tuple[str, ...] = ()
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any], where: str = "") -> Layout:
@@ -58,7 +60,7 @@ class Layout:
         Raises:
             ModelError: an unknown key or role.
         """
-        _only(data, {"steps", "head_dim", "rotary", "norms_if", "entry", "matrix"}, where)
+        _only(data, {"steps", "head_dim", "rotary", "norms_if", "entry", "matrix", "qk_norms"}, where)
         steps = []
         for row in data["steps"]:
             _only(row, {"norm", "linears"}, where)
@@ -69,7 +71,8 @@ class Layout:
                 pairs += [(role, path) for path in ([paths] if isinstance(paths, str) else paths)]
             steps.append(Step(tuple(pairs), row.get("norm")))
         names = {key: data.get(key) for key in ("head_dim", "norms_if", "entry", "matrix")}
-        return cls(tuple(steps), rotary=bool(data.get("rotary", False)), **names)
+        rotary, qk_norms = bool(data.get("rotary", False)), tuple(data.get("qk_norms", ()))
+        return cls(tuple(steps), rotary=rotary, qk_norms=qk_norms, **names)
 
     def to_json(self) -> dict[str, Any]:
         steps = []
@@ -78,8 +81,8 @@ class Layout:
             for role, path in step.linears:
                 linears.setdefault(role, []).append(path)
             steps.append({"norm": step.norm, "linears": linears})
-        rest = ("head_dim", "rotary", "norms_if", "entry", "matrix")
-        return {"steps": steps} | {key: getattr(self, key) for key in rest}
+        names = ("head_dim", "rotary", "norms_if", "entry", "matrix")
+        return {"steps": steps, **{n: getattr(self, n) for n in names}, "qk_norms": list(self.qk_norms)}
 
 
 def _only(data: Mapping[str, Any], known: set[str], where: str) -> None:
@@ -179,6 +182,7 @@ LAYOUTS: dict[str, Layout] = {
     "InternVLVisionLayer": Layout(
         _attention("layernorm_before", "attention", "projection_layer") + _mlp("layernorm_after", "mlp.fc1", "mlp.fc2"),
         "attention.head_dim",
+        qk_norms=("attention.q_norm", "attention.k_norm"),
     ),
     "PixtralAttentionLayer": Layout(
         _attention("attention_norm", "attention", "o_proj")

@@ -66,6 +66,8 @@ class Family:
         seq2seq: logits belong to decoder tokens of their own (`labels`), not to `input_ids`.
         per_image: formula for the visual tokens of one image, a key of `anatomy.PER_IMAGE`; "" where that depends on
             the image.
+        cells: which patches of the tower become one visual token, a key of `anatomy.CELLS`; "" where that depends on
+            more than the model's config.
         blocks: layouts by block class, before those of compress/blocks.py.
         widths: part -> dotted config keys that say how wide its residual stream is: its own first, then those of
             whatever writes into it or reads from it. Of the others those count that have the same value as the first.
@@ -82,6 +84,7 @@ class Family:
     image_tokens: tuple[str, ...] = ("image_token_id",)
     seq2seq: bool = False
     per_image: str = ""
+    cells: str = ""
     blocks: Mapping[str, Layout] = field(default_factory=dict)
     widths: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     own: bool = False
@@ -180,12 +183,17 @@ def _widths(*more: str, vision: tuple[str, ...] = ("vision_config.hidden_size",)
 
 def _llava(name: str, model_type: str, per_image: str = "", more: tuple[str, ...] = (), entry: str = "") -> Family:
     places = (_VISION, dataclasses.replace(_PROJECTOR, entry=entry), _LANGUAGE, _HEAD)
-    return Family(name, (model_type,), places, ignored=_POOLING, per_image=per_image, widths=_widths(*more))
+    cells = "square" if per_image else ""
+    widths = _widths(*more)
+    return Family(name, (model_type,), places, ignored=_POOLING, per_image=per_image, cells=cells, widths=widths)
 
 
-def _qwen(name: str, model_type: str, widths: dict[str, tuple[str, ...]], *more: Place) -> Family:
+def _qwen(
+    name: str, model_type: str, widths: dict[str, tuple[str, ...]], *more: Place, cells: str = "merged"
+) -> Family:
     places = (_VISION, Place("connector", "@image.merger"), *more, _LANGUAGE, _HEAD)
-    return Family(name, (model_type,), places, image_tokens=("image_token_id", "video_token_id"), widths=widths)
+    ids = ("image_token_id", "video_token_id")
+    return Family(name, (model_type,), places, image_tokens=ids, cells=cells, widths=widths)
 
 
 _QFORMER = (
@@ -204,10 +212,11 @@ FAMILIES: tuple[Family, ...] = (
         ("smolvlm", "idefics3"),
         (_VISION, Place("connector", "model.connector", entry="@image.post_layernorm"), _LANGUAGE, _HEAD),
         per_image="pixel_shuffle",
+        cells="square",
         widths=_widths(),
     ),
     _qwen("qwen2-vl", "qwen2_vl", _widths("vision_config.hidden_size", vision=("vision_config.embed_dim",))),
-    _qwen("qwen2.5-vl", "qwen2_5_vl", _widths("vision_config.out_hidden_size")),
+    _qwen("qwen2.5-vl", "qwen2_5_vl", _widths("vision_config.out_hidden_size"), cells="windows"),
     _qwen(
         "qwen3-vl",
         "qwen3_vl",

@@ -22,7 +22,8 @@ class AttentionGeometry:
     """One attention: the paths of its linears (q, k, v, or one fused qkv) and its heads.
 
     `q.out_features == n_heads * head_dim`, `k.out_features == n_kv_heads * head_dim`; query head i reads key-value head
-    `i // (n_heads // n_kv_heads)`. `module` is the attention module, where transformers keeps the head counts.
+    `i // (n_heads // n_kv_heads)`. `module` is the attention module, where transformers keeps the head counts. What
+    queries and keys pass through before their heads are split is at `q_norm` and `k_norm`.
     """
 
     module: str
@@ -35,6 +36,8 @@ class AttentionGeometry:
     n_kv_heads: int
     head_dim: int
     rotary: bool
+    q_norm: str | None = None
+    k_norm: str | None = None
 
 
 @dataclass(frozen=True)
@@ -268,6 +271,8 @@ def _attention(unit: Unit, layout: Layout, linears: Sequence[LinearRef], kind: s
     paths = {
         part: by_role[f"{kind}.{part}"].path if f"{kind}.{part}" in by_role else None for part in ("q", "k", "v", "qkv")
     }
+    names = layout.qk_norms if kind == "attn" else ()
+    norms = {key: f"{unit.path}.{name}" for key, name in zip(("q_norm", "k_norm"), names)}
     first = paths["qkv"] or paths["q"]
     assert first is not None
     return AttentionGeometry(
@@ -278,6 +283,7 @@ def _attention(unit: Unit, layout: Layout, linears: Sequence[LinearRef], kind: s
         head_dim=head_dim,
         rotary=layout.rotary and kind == "attn",
         **paths,
+        **norms,
     )
 
 

@@ -14,6 +14,8 @@ from torch import nn
 class Generating:
     """Stands in for a model's `generate`, and knows while that runs where the prompt ends.
 
+    Without a cache prompt and answer run together; they can then be told apart as they are with one.
+
     Attributes:
         given: tokens of the prompt, of one row; None outside of `generate`.
     """

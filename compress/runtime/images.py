@@ -8,8 +8,8 @@ that training reaches everything before it, and it is applied alike to whatever 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,6 +23,12 @@ def kept_count(tokens: int, keep: float, count: int = 0) -> int:
     return min(tokens, count) if count else max(1, math.floor(keep * tokens + 0.5))
 
 
+def square(tokens: int) -> tuple[int, int]:
+    """A square number of tokens is a square picture, any other a sequence: a single row."""
+    side = math.isqrt(tokens)
+    return (side, side) if side * side == tokens else (1, tokens)
+
+
 @dataclass(frozen=True)
 class Images:
     """n images of T visual tokens each.
@@ -30,10 +36,15 @@ class Images:
     Attributes:
         features: what the language model would be given, [n, T, D]; no gradient.
         relevance: mean cosine with the embeddings of the row's prompt, [n, T]; None where not asked for.
+        grid: rows and columns where the model says them (M-RoPE); None: `square`.
+        attention: that the tower pays to each token, [n, T]. keys: the tower's, [n, T, d]. None where not asked for.
     """
 
     features: Tensor
     relevance: Tensor | None = None
+    grid: tuple[int, int] | None = None
+    attention: Tensor | None = None
+    keys: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.features)
@@ -42,9 +53,19 @@ class Images:
     def tokens(self) -> int:
         return self.features.shape[1]
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of the picture, whose tokens come row by row."""
+        return self.grid or square(self.tokens)
+
+    def relevant_to(self, text: Tensor) -> Images:
+        """The same with the mean cosine of each token with its image's text, by its `mean_direction` [n, D]."""
+        unit = torch.nn.functional.normalize(self.features.float(), dim=-1)
+        return replace(self, relevance=(unit @ text[:, :, None]).squeeze(-1))
+
     def same(self, positions: Tensor) -> Tensor:
-        """`positions` [k] of one image for all of them, [n, k]."""
-        return positions.to(self.features.device).expand(len(self), -1)
+        """`positions` [k] (or other values [k, ...]) of one image for all of them, [n, k, ...]."""
+        return positions.to(self.features.device).expand(len(self), *positions.shape)
 
 
 @dataclass(frozen=True)
@@ -106,6 +127,26 @@ def _numbered(flat: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
     return number, torch.bincount(number)
 
 
+def mean_direction(embeds: Tensor, which: Tensor) -> Tensor:
+    """Mean of the unit embeddings of each row's tokens in the mask `which` [batch, q]: [batch, D]; zeros if none."""
+    unit = torch.nn.functional.normalize(embeds.detach().float(), dim=-1) * which[..., None]
+    return unit.sum(1) / which.sum(1, keepdim=True).clamp_min(1)
+
+
+def by_grid(places: Tensor, positions: Tensor) -> Iterator[tuple[Tensor, tuple[int, int] | None]]:
+    """Images of equal length apart by their rows and columns, which M-RoPE position ids tell; None where they do not.
+
+    Args:
+        places: see `runs`. positions: of the flattened batch, [3 (time, row, column), batch * q]; a plain row before
+            them does not matter.
+    """
+    rows, columns = (p[places].amax(1) - p[places].amin(1) + 1 for p in positions[-2:])
+    shapes, which = torch.stack([rows, columns], dim=1).unique(dim=0, return_inverse=True)
+    for number, (height, width) in enumerate(shapes.tolist()):
+        grid = (height, width) if height * width == places.shape[1] else None
+        yield places[which == number], grid
+
+
 def mixed(values: Tensor, chosen: Sequence[Chosen]) -> Tensor:
     """`values` by place [places, D] with each mixed token in the place where it stays. Differentiable."""
     for one in chosen:
@@ -116,7 +157,12 @@ def mixed(values: Tensor, chosen: Sequence[Chosen]) -> Tensor:
     return values
 
 
+def ranks(visual: Tensor) -> Tensor:
+    """The number of each visual token among those of the batch, by place [batch * q]."""
+    return visual.flatten().long().cumsum(0) - 1
+
+
 def numbered(chosen: Sequence[Chosen], visual: Tensor) -> list[Chosen]:
     """The same with places counted among the visual tokens alone, [batch, q] in `visual`."""
-    rank = visual.flatten().long().cumsum(0) - 1
+    rank = ranks(visual)
     return [Chosen(rank[one.places], one.choice) for one in chosen]

@@ -19,16 +19,16 @@ where asked for, on its row's prompt), never on the rest of the batch. Rows that
 left with masked tokens.
 
 A method may also change what stays. Merging is part of its choice (`images.Choice.weights`). What is given as `rewrite`
-sees the whole sequence and what was chosen, and returns other embeddings for it (see `prefusion`).
+sees the whole sequence and what was chosen, and returns other embeddings for it (see `prefusion`). Where the prompt
+matters, labels tell it from the answer; while `generate` runs, it is what that was given (`hooks.Generating`).
 
-Where the prompt matters, labels tell it from the answer; in `generate` the prompt is what `generate` was given, so that
-generation without a cache, which runs prompt and answer together, is the same as with one.
+A method may ask for what the vision tower knows of each token: a `tower.Watch` then listens to one of its blocks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, MutableMapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -36,9 +36,10 @@ from torch import Tensor, nn
 
 from ..errors import ModelError, UsageError
 from .hooks import Generating, layer_types, merger, named, owner, parameters, setting, window_of
-from .images import Choice, Choose, Chosen, Images, kept_count, mixed, numbered, runs
+from .images import Choice, Choose, Chosen, Images, by_grid, kept_count, mean_direction, mixed, numbered, ranks, runs
 from .masks import gather, order, shorten_mask, windowed
 from .shortened import Shortened, shortened, state_of
+from .tower import Watch
 
 SLOT = "visual_token_reduction"  # name of the Reduction among the decoder's children
 VISUAL_MASK, VISUAL_FEATURES = "visual_pos_masks", "deepstack_visual_embeds"  # Qwen3-VL's inputs by visual token
@@ -69,6 +70,8 @@ def install(model: nn.Module, decoder_path: str, reduction: Reduction) -> None:
         reduction.generating = vars(model)["generate"] = Generating(model)
     merges.register_forward_pre_hook(reduction.begin, with_kwargs=True)
     merges.register_forward_hook(reduction.end, always_call=True)
+    if reduction.watch is not None:
+        reduction.watch.install(model)
     decoder.register_forward_pre_hook(reduction.shorten, with_kwargs=True)
     decoder.register_forward_hook(reduction.spread)
 
@@ -78,7 +81,7 @@ def remove(model: nn.Module) -> None:
     reduction = installed(model)
     for module in list(model.modules()):
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key in [k for k, hook in hooks.items() if owner(hook) is reduction is not None]:
+            for key in [k for k, hook in hooks.items() if reduction is not None and reduction.owns(hook)]:
                 del hooks[key]
         if module._modules.get(SLOT) is reduction is not None:
             del module._modules[SLOT]
@@ -153,6 +156,7 @@ class Reduction(nn.Module):
         rewrite: `rewrite(embeds [batch, q, D], call, chosen) -> [batch, q, D]`, called with gradients for every call
             that has images, before anything is taken out (even where all stay), and in place of merging; what it
             returns at places that do not stay is dropped.
+        watch: reads the tower for `images.attention` and `images.keys`.
     """
 
     def __init__(
@@ -166,11 +170,12 @@ class Reduction(nn.Module):
         per_image: int = 0,
         count: int = 0,
         rewrite: Rewrite | None = None,
+        watch: Watch | None = None,
     ) -> None:
         super().__init__()
         self.choose, self.keep, self.image_token_id = choose, keep, image_token_id
         self.label, self.prompt, self.window, self.causal = dict(label), prompt, 0, True
-        self.per_image, self.count, self.rewrite = per_image, count, rewrite
+        self.per_image, self.count, self.rewrite, self.watch = per_image, count, rewrite, watch
         self.labels: Tensor | None = None
         self.generating: Generating | None = None
         self.call: Call | None = None
@@ -213,7 +218,12 @@ class Reduction(nn.Module):
         if merges is None:
             return False
         places = (merges._forward_pre_hooks, decoder._forward_pre_hooks, decoder._forward_hooks)
-        return all(any(owner(hook) is self for hook in hooks.values()) for hooks in places)
+        mine = all(any(owner(hook) is self for hook in hooks.values()) for hooks in places)
+        return mine and (self.watch is None or self.watch.attached_to(model))
+
+    def owns(self, hook: Any) -> bool:
+        """Whether a hook is this reduction's."""
+        return owner(hook) is self or (self.watch is not None and owner(hook) is self.watch)
 
     # -- the hooks -----------------------------------------------------------------------------------------------------
 
@@ -251,6 +261,8 @@ class Reduction(nn.Module):
         if self.generating is not None and self.generating.given is not None:
             prompt &= torch.arange(past, past + new, device=ids.device) < self.generating.given
         self.call, self.labels = Call(visual, real, prompt, positions), None
+        if self.watch is not None:
+            self.watch.begin((values.get("mm_encoder_outputs") or {}).get("image"))
         state = state_of(cache)
         if state is not None:
             if mask is not None and full is not mask:
@@ -267,6 +279,8 @@ class Reduction(nn.Module):
 
     def end(self, module: nn.Module, args: tuple, output: Any) -> None:
         self.call = None
+        if self.watch is not None:
+            self.watch.end()
 
     def shorten(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Take the tokens that were not chosen out of everything that the decoder is given."""
@@ -285,7 +299,7 @@ class Reduction(nn.Module):
         if new > 1:
             self.last = None
         state = state_of(cache)
-        chosen = self._chosen(call, embeds) if new > 1 else []
+        chosen = self._chosen(call, embeds, values.get("position_ids")) if new > 1 else []
         if chosen and self.rewrite is None:
             values["inputs_embeds"] = mixed(embeds.flatten(0, 1), chosen).view_as(embeds)
         elif chosen and self.rewrite is not None:
@@ -358,29 +372,29 @@ class Reduction(nn.Module):
     # -- private -------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _chosen(self, call: Call, embeds: Tensor) -> list[Chosen]:
+    def _chosen(self, call: Call, embeds: Tensor, positions: Tensor | None) -> list[Chosen]:
         """What stays of each image; nothing where all of all do."""
-        found = runs(call.visual, self.per_image)
-        if self.rewrite is None and all(self.kept(places.shape[1]) == places.shape[1] for places in found):
+        found: list[tuple[Tensor, Any]] = [(places, None) for places in runs(call.visual, self.per_image)]
+        if self.rewrite is None and all(self.kept(places.shape[1]) == places.shape[1] for places, _ in found):
             return []
+        if positions is not None and positions.ndim == 3:
+            known = positions.expand(-1, *call.visual.shape).flatten(1)
+            found = [pair for places, _ in found for pair in by_grid(places, known)]
         features = embeds.detach().flatten(0, 1)
-        text = self._text(call, embeds) if self.prompt else None
+        text = mean_direction(embeds, call.prompt) if self.prompt else None
+        rank, seen = ranks(call.visual), self.watch.of(call.visual) if self.watch is not None else None
         chosen = []
-        for places in found:
+        for places, grid in found:
             tokens = places.shape[1]
             if self.kept(tokens) == tokens:
                 all_of_it = torch.arange(tokens, device=places.device).expand_as(places)
                 chosen.append(Chosen(places, Choice(all_of_it)))
                 continue
-            mine, relevance = features[places], None
+            images = Images(features[places], grid=grid)
             if text is not None:
-                unit = torch.nn.functional.normalize(mine.float(), dim=-1)
-                relevance = (unit @ text[places[:, 0] // call.visual.shape[1], :, None]).squeeze(-1)
-            chosen.append(Chosen(places, self.choose(Images(mine, relevance), self.kept(tokens))))
+                images = images.relevant_to(text[places[:, 0] // call.visual.shape[1]])
+            if seen is not None:
+                mine = rank[places]
+                images = replace(images, attention=seen.attention[mine], keys=seen.keys[mine])
+            chosen.append(Chosen(places, self.choose(images, self.kept(tokens))))
         return chosen
-
-    @staticmethod
-    def _text(call: Call, embeds: Tensor) -> Tensor:
-        """Mean of the unit embeddings of each row's prompt, [batch, D]; zeros for a row without text."""
-        unit = torch.nn.functional.normalize(embeds.detach().float(), dim=-1) * call.prompt[..., None]
-        return unit.sum(1) / call.prompt.sum(1, keepdim=True).clamp_min(1)

@@ -169,12 +169,11 @@ class Prefuse(Pass):
 
 
 def choose(images: Images, k: int) -> Choice:
-    """k even cells of each image, and the mean over each."""
+    """k even cells of each image, and the mean over each, as in `tokens.pool`."""
     from ...compress.runtime.images import Choice
-    from ._cells import cells
+    from ..tokens._merge import cells
 
-    positions, weights = cells(images.tokens, k)
-    return Choice(images.same(positions), weights.to(images.features).expand(len(images), -1, -1))
+    return Choice(*map(images.same, cells(images.shape, k)))
 
 
 def _decoder_blocks(model: ModelView) -> list[Any]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from ...compress.base import Context, Json, Notes, Pass
-from ...compress.errors import PromiseBroken, Unmet
+from ...compress.errors import ModelError, PromiseBroken, Unmet
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ...compress.anatomy import ModelView
     from ...compress.runtime.images import Choice, Images
     from ...compress.runtime.reduce import Reduction
+    from ...compress.runtime.tower import Reader
 
 LADDER = (0.125, 0.25, 0.5, 0.75)
 
@@ -26,6 +27,8 @@ class Reduce(Pass):
     Settings:
         keep: fraction of each image's visual tokens that stay, in (0, 1]; rounded, at least one token an image.
     """
+
+    reads_tower: ClassVar[bool] = False  # whether `choose` is given the vision tower's attention and keys
 
     keep: float = 0.5
 
@@ -55,19 +58,63 @@ class Reduce(Pass):
                 found=reason,
                 change="leave the pass out for this model",
             )
+        if self.reads_tower:
+            self._reader(model)
+            self._check_images(model, ctx)
+
+    def _reader(self, model: ModelView) -> Reader:
+        """Where the vision tower is read.
+
+        Raises:
+            Unmet: which patches become which visual token is not known, or the tower's attention is not.
+        """
+        from ...compress.runtime.tower import Reader
+
+        cells = model.cells()
+        reason = "which of the tower's patches become one visual token is not known from the model's config"
+        if cells is not None:
+            try:
+                return Reader.of(model.tower_path, [u for u in model.parts["vision"] if u.stack is not None], cells)
+            except ModelError as error:
+                reason = str(error)
+        raise Unmet(
+            f"{self.name} cannot read this model's vision tower",
+            where=f"family {model.family.name}",
+            found=reason,
+            change="choose visual tokens by their features: tokens.divprune, tokens.dpp, tokens.apet",
+        )
+
+    def _check_images(self, model: ModelView, ctx: Context) -> None:
+        """The prompts' images have as many visual tokens as the config says."""
+        from ...compress.runtime.images import runs
+
+        per_image = model.per_image()
+        if per_image is None:
+            return
+        for batch in ctx.fit[:1]:
+            found = {places.shape[1] for places in runs(batch["input_ids"] == model.image_token_id, per_image)}
+            if found - {per_image}:
+                raise Unmet(
+                    f"{self.name} cannot tell which patches become which visual token",
+                    where=f"family {model.family.name}",
+                    found=f"images of {sorted(found)} tokens in the prompts, {per_image} by the config",
+                    change="choose visual tokens by their features: tokens.divprune, tokens.dpp, tokens.apet",
+                )
 
     def apply(self, model: ModelView, ctx: Context) -> Notes:
         reduction = self._install(model)
-        counts = sorted({tokens for batch in ctx.fit for tokens in _image_sizes(model, reduction, batch)})
+        counts = sorted({tokens for batch in ctx.fit for tokens in _image_sizes(reduction, batch)})
         kept = [reduction.kept(tokens) for tokens in counts]
         record: dict[str, Json] = {"keep": self.keep, "kept_per_image": kept[0] if len(set(kept)) == 1 else None}
-        return Notes(numbers={"tokens_per_image": counts, "kept_per_image": kept}, record=record)
+        numbers: dict[str, Json] = {"tokens_per_image": counts, "kept_per_image": kept}
+        return Notes(numbers | {"text_agnostic": not self.wants_relevance()}, record)
 
     def rebuild(self, model: ModelView, record: Mapping[str, Json]) -> None:
         self._install(model)
 
     def _install(self, model: ModelView) -> Reduction:
         from ...compress.runtime.reduce import Reduction, install
+        from ...compress.runtime.tower import Watch
 
         if model.image_token_id is None:
             raise Unmet(f"{self.name}: this model has no image token", where=f"family {model.family.name}")
@@ -78,6 +125,7 @@ class Reduce(Pass):
             self._label(),
             prompt=self.wants_relevance(),
             per_image=model.per_image() or 0,
+            watch=Watch(self._reader(model)) if self.reads_tower else None,
         )
         install(model.model, model.decoder_path, reduction)
         return reduction
@@ -91,7 +139,9 @@ class Reduce(Pass):
         elif reduction.label != self._label():
             found = f"another one: {reduction.label}"
         elif not reduction.attached_to(model.model, model.decoder_path):
-            found = "its hooks on the decoder are gone"
+            found = "its hooks on the model are gone"
+        elif reduction.watch is not None and reduction.watch.reader != self._reader(model):
+            found = f"it reads {reduction.watch.reader.path}, no longer the tower's last block but one"
         else:
             return
         raise PromiseBroken(
@@ -106,7 +156,7 @@ class Reduce(Pass):
         return {"pass": self.name, **self.settings()}
 
 
-def _image_sizes(model: ModelView, reduction: Reduction, batch: Mapping[str, Tensor]) -> set[int]:
+def _image_sizes(reduction: Reduction, batch: Mapping[str, Tensor]) -> set[int]:
     """Tokens of the images in a batch."""
-    rows = reduction.image_lengths(batch["input_ids"] == model.image_token_id)
+    rows = reduction.image_lengths(batch["input_ids"].eq(reduction.image_token_id))
     return {tokens for row in rows for tokens in row}

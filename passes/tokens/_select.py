@@ -31,12 +31,9 @@ def dpp(features: Tensor, k: int, relevance: Tensor | None = None) -> Tensor:
     Returns:
         Positions [images, k], ascending.
     """
-    exact = torch.float64 if features.device.type == "cpu" else torch.float32  # slow on GPUs, cheap here
-    unit = normalize(features.to(exact), dim=-1)
-    kernel = unit @ unit.transpose(1, 2)
-    kernel.diagonal(dim1=1, dim2=2).fill_(1)  # alone, all tokens are equal: no rounding error may choose the first one
+    kernel = cosines(features)
     if relevance is not None:
-        r = scaled(relevance.to(exact))
+        r = scaled(relevance.to(kernel.dtype))
         kernel = r[:, :, None] * kernel * r[:, None, :]
     images, tokens, _ = kernel.shape
     rows = torch.arange(images, device=kernel.device)
@@ -68,20 +65,64 @@ def random_positions(tokens: int, k: int, seed: int) -> Tensor:
     return torch.randperm(tokens, generator=generator)[:k].sort().values
 
 
-def grid_positions(tokens: int, k: int) -> Tensor:
-    """k of `tokens` positions, ascending, evenly spaced.
+def grid_positions(shape: tuple[int, int], k: int) -> Tensor:
+    """k positions, ascending, evenly spaced over a picture of `shape` (rows, columns), row by row.
 
-    A square number of tokens is a picture, row by row: the kept ones lie on about sqrt(k) evenly spaced rows and evenly
-    within each row. Any other number is a sequence with even steps.
+    They lie on about ``sqrt(k rows / columns)`` evenly spaced rows and evenly within each row.
     """
-    side = math.isqrt(tokens)
-    if side * side != tokens:
-        return _even(tokens, k)
-    rows = min(side, max(round(math.sqrt(k)), -(-k // side)))
-    ends = [(i * k) // rows for i in range(rows + 1)]
-    lines = _even(side, rows).tolist()
-    return torch.cat([y * side + _even(side, ends[i + 1] - ends[i]) for i, y in enumerate(lines)])
+    height, width = shape
+    lines = bands(shape, k)
+    ends = [(i * k) // lines for i in range(lines + 1)]
+    rows = _even(height, lines).tolist()
+    return torch.cat([y * width + _even(width, ends[i + 1] - ends[i]) for i, y in enumerate(rows)])
+
+
+def bands(shape: tuple[int, int], k: int) -> int:
+    """Over how many rows k places are spread so that they are about as far from each other in both directions."""
+    height, width = shape
+    return min(height, k, max(round(math.sqrt(k * height / width)), -(-k // width)))
 
 
 def _even(length: int, k: int) -> Tensor:
     return ((torch.arange(k) * 2 + 1) * length) // (2 * k)
+
+
+def divprune(features: Tensor, k: int) -> Tensor:
+    """Max-min diversity: the token farthest from its nearest chosen one is chosen next (DivPrune, arXiv 2503.02175).
+
+    Distances are ``1 - cos``. The first token is the one that is farthest from its nearest other.
+
+    Args:
+        features: [images, T, D]. k: tokens to keep, at most T.
+
+    Returns:
+        Positions [images, k], ascending.
+    """
+    distance = 1 - cosines(features)
+    images, tokens, _ = distance.shape
+    rows = torch.arange(images, device=features.device)
+    others = torch.eye(tokens, dtype=torch.bool, device=features.device)
+    chosen = torch.empty(images, k, dtype=torch.long, device=features.device)
+    chosen[:, 0] = distance.masked_fill(others, math.inf).amin(dim=2).argmax(dim=1)
+    nearest = torch.full_like(distance[:, 0], math.inf)
+    for step in range(1, k):
+        nearest = torch.minimum(nearest, distance[rows, chosen[:, step - 1]])
+        nearest = nearest.scatter(1, chosen[:, :step], -math.inf)  # chosen once
+        chosen[:, step] = nearest.argmax(dim=1)
+    return chosen.sort(dim=1).values
+
+
+def cosines(features: Tensor) -> Tensor:
+    """Cosine of every token with every other of its image, [images, T, T]; exactly 1 with itself.
+
+    In float64 on the CPU, where it costs little, so that neither the batch nor rounding decides between near ties.
+    """
+    unit = normalize(features.to(precise(features)), dim=-1)
+    found = unit @ unit.transpose(1, 2)
+    found.diagonal(dim1=1, dim2=2).fill_(1)  # alone, all tokens are equal: no rounding error may choose the first one
+    return found
+
+
+def precise(features: Tensor) -> torch.dtype:
+    """The dtype that choices are made in: float64 is slow on GPUs."""
+    return torch.float64 if features.device.type == "cpu" else torch.float32

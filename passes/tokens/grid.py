@@ -27,4 +27,4 @@ class Grid(Reduce):
         from ...compress.runtime.images import Choice
         from ._select import grid_positions
 
-        return Choice(images.same(grid_positions(images.tokens, k)))
+        return Choice(images.same(grid_positions(images.shape, k)))

@@ -119,7 +119,9 @@ CROSS = (
     "trocr",
     "donut",
 )  # where reducing visual tokens is refused, with a reason
-UNMET: dict[str, tuple[str, ...]] = {f"tokens.{name}": CROSS for name in ("dpp", "random", "grid")}
+CHOOSING = ("dpp", "random", "grid", "pool", "divprune", "visionzip", "apet")
+UNMET: dict[str, tuple[str, ...]] = {f"tokens.{name}": CROSS for name in CHOOSING}
+UNMET["tokens.visionzip"] = (*CROSS, "llava-next", "llava-onevision")  # patches of a token: by picture, not by config
 UNMET["fuse.prefuse"] = CROSS
 UNMET["fuse.connector"] = ("llava", "llava-next", "llava-onevision", "internvl", "florence-2", "trocr", "donut")
 UNMET["prune.vocabulary"] = FAMILIES  # the zoo has no tokenizers; tests/compress/test_vocabulary.py cuts every family

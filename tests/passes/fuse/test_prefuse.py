@@ -16,14 +16,16 @@ from svlm.compress.base import Context, evaluating
 from svlm.compress.errors import PromiseBroken, Unmet, UsageError
 from svlm.compress.export.run import export_model
 from svlm.compress.pipeline import apply_pass, ask_promises
+from svlm.compress.runtime.images import square
 from svlm.compress.runtime.prefusion import SLOT, sinusoids
-from svlm.compress.runtime.reduce import Reduction, install, installed, remove
+from svlm.compress.runtime.reduce import installed, remove
 from svlm.passes.distill.logits import Logits
-from svlm.passes.fuse._cells import cells
-from svlm.passes.fuse.prefuse import Prefuse, choose
+from svlm.passes.fuse.prefuse import Prefuse
 from svlm.passes.prune.layers import Layers
 from svlm.passes.prune.structured import Structured
 from svlm.passes.quantize.gptq import GPTQ
+from svlm.passes.tokens._merge import cells
+from svlm.passes.tokens.pool import Pool
 from tests import zoo
 from tests.passes.tokens.helpers import (
     ELSEWHERE,
@@ -88,12 +90,11 @@ def llava():
 
 
 def test_it_starts_as_pooling(family):
-    """Gates of 0: the logits are those of cells averaged before the decoder, and of the original where all stay."""
+    """Gates of 0: the logits are those of `tokens.pool`, and of the original where all tokens stay."""
     _, model, batch, _ = family
     start = fused(model, Prefuse(tokens=2, blocks=1), lively=False)
     pooled = view_of(copy.deepcopy(model))
-    options = {"count": 2, "per_image": pooled.per_image() or 0}
-    install(pooled.model, pooled.decoder_path, Reduction(choose, 1.0, zoo.IMAGE, {"pass": "test"}, **options))
+    Pool(keep=2 / int((batch["input_ids"][0] == zoo.IMAGE).sum())).rebuild(pooled, {})
     torch.testing.assert_close(logits(start.model, batch), logits(pooled.model, batch), rtol=1e-5, atol=1e-5)
     assert start.visual_tokens(batch) == [2, 2, 2]
     every = fused(model, Prefuse(tokens=64, blocks=1), lively=False)
@@ -136,7 +137,7 @@ def naive(fusion, x, states, prompt, places, keep):
         if t in places:
             out[t] = x[t] + compress.gate[1] * (states[t] - x[t])
     image = out[places].clone()
-    _, weights = cells(len(places), len(keep))
+    _, weights = cells(square(len(places)), len(keep))
     spots = sinusoids(len(places), width)
     values = image @ compress.v_proj.weight.T
     keys = (F.layer_norm(image, (width,)) + spots) @ compress.k_proj.weight.T
@@ -449,24 +450,3 @@ def test_parameters_up_flops_down():
     assert after["parameters_by_part"]["connector"] == before["parameters_by_part"]["connector"] + new
     assert after["parameters_by_part"]["language"] == before["parameters_by_part"]["language"]
     assert after["flops"]["decode"] < before["flops"]["decode"]
-
-
-# --------------------------------------------------------------------------------------------------------- the cells
-
-
-@pytest.mark.parametrize(("tokens", "k"), [(64, 4), (64, 1), (64, 6), (49, 4), (64, 7), (64, 13), (52, 4), (16, 16)])
-def test_cells_are_even_and_cover_everything(tokens, k):
-    places, weights = cells(tokens, k)
-    member = weights > 0
-    assert bool((member.sum(0) == 1).all()), "each token in one cell"
-    torch.testing.assert_close(weights.sum(1), torch.ones(k))
-    sizes = member.sum(1)
-    assert int(sizes.max()) <= 2 * int(sizes.min())
-    assert bool((places[1:] > places[:-1]).all()) and bool(member[torch.arange(k), places].all())
-
-
-def test_four_of_sixty_four_are_the_quarters():
-    _, weights = cells(64, 4)
-    picture = torch.arange(64.0).view(1, 1, 8, 8)
-    wanted = F.avg_pool2d(picture, 4).flatten()
-    torch.testing.assert_close(weights @ picture.flatten(), wanted)

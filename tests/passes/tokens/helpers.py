@@ -50,6 +50,22 @@ def typed(family: str, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return batch | ({"token_type_ids": types[family]} if family in types else {})
 
 
+def shapes(family: str) -> dict[str, Tensor]:
+    """Two rows with equally many visual tokens, their pictures of different shapes where the family takes any."""
+    if not family.startswith("qwen"):
+        return prompts(family, 2)
+    g = torch.Generator().manual_seed(3)
+    grid = torch.tensor([[1, 4, 12], [1, 8, 6]])
+    batch = zoo.text_batch(12, 2, g, around=(zoo.START, zoo.END))
+    del batch["labels"]
+    kinds = (batch["input_ids"] == zoo.IMAGE).int()
+    return batch | {
+        "pixel_values": torch.randn(96, 96, generator=g),
+        "image_grid_thw": grid,
+        "mm_token_type_ids": kinds,
+    }
+
+
 def single(batch: dict[str, Tensor], row: int) -> dict[str, Tensor]:
     """Row `row` of a batch alone, without its padding."""
     rows = len(batch["input_ids"])

@@ -15,7 +15,7 @@ from svlm.compress.runtime.reduce import Reduction, install
 from svlm.passes.tokens._select import grid_positions
 from tests import zoo
 
-from .helpers import IN_SEQUENCE, generate, kept_of, logits, prompts, single, two_images, typed
+from .helpers import IN_SEQUENCE, generate, kept_of, logits, prompts, shapes, single, two_images, typed
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
@@ -24,7 +24,7 @@ def blend(images, k):
     """Tokens of an even grid, each mixed with the whole image by fixed weights that are not all alike."""
     g = torch.Generator().manual_seed(images.tokens)
     weights = torch.rand(k, images.tokens, generator=g)
-    return Choice(images.same(grid_positions(images.tokens, k)), weights.expand(len(images), -1, -1))
+    return Choice(images.same(grid_positions(images.shape, k)), weights.expand(len(images), -1, -1))
 
 
 def carrying(model, **options):
@@ -182,3 +182,22 @@ def test_two_images_without_text_between_are_two():
     kept = kept_of(small.view, batch) & (batch["input_ids"] == zoo.IMAGE)
     assert [kept[0, 2:18].sum(), kept[0, 18:34].sum()] == [4, 4], "4 of each 16, not 8 of 32"
     assert small.view.visual_tokens(batch) == [8, 4]
+
+
+@pytest.mark.parametrize("name", ["qwen2-vl", "qwen2.5-vl", "qwen3-vl"])
+def test_the_shape_of_a_picture_is_told_by_its_positions(name):
+    """Two pictures of 12 tokens, 2 x 6 and 4 x 3: each is given with its own rows and columns."""
+    seen = []
+
+    def note(images, k):
+        seen.append((images.grid, len(images), images.shape))
+        return Choice(images.same(grid_positions(images.shape, k)))
+
+    small, batch = carrying(zoo.model(name), choose=note), shapes(name)
+    answers = generate(small.model, batch)
+    assert set(seen) == {((2, 6), 1, (2, 6)), ((4, 3), 1, (4, 3))}
+    assert torch.equal(answers, generate(small.model, batch, use_cache=False))
+    for row in range(2):
+        patches = {"pixel_values": batch["pixel_values"][48 * row :][:48]}
+        alone = {k: v[row : row + 1] for k, v in batch.items()} | patches
+        torch.testing.assert_close(logits(small.model, alone)[0], logits(small.model, batch)[row], **CLOSE)

@@ -9,14 +9,18 @@ from svlm.compress.anatomy import view_of
 from svlm.compress.base import Context
 from svlm.compress.errors import PromiseBroken, RecipeError, Unmet
 from svlm.compress.runtime.reduce import installed, remove
+from svlm.passes.tokens.apet import ApET
+from svlm.passes.tokens.divprune import DivPrune
 from svlm.passes.tokens.dpp import DPP
 from svlm.passes.tokens.grid import Grid
+from svlm.passes.tokens.pool import Pool
 from svlm.passes.tokens.random import Random
+from svlm.passes.tokens.visionzip import VisionZip
 from tests import zoo
 
-from .helpers import ELSEWHERE, IN_SEQUENCE, generate, logits, prompts, reduced
+from .helpers import ELSEWHERE, IN_SEQUENCE, generate, logits, prompts, reduced, single
 
-KINDS = (DPP, Random, Grid)
+KINDS = (DPP, Random, Grid, Pool, DivPrune, VisionZip, ApET)
 
 
 def context(*batches):
@@ -47,7 +51,7 @@ def test_apply_records_what_rebuild_needs(kind):
     step.requires(view, context(batch))
     notes = step.apply(view, context(batch))
     assert notes.record == {"keep": 0.25, "kept_per_image": 4}
-    assert notes.numbers == {"tokens_per_image": [16], "kept_per_image": [4]}
+    assert notes.numbers == {"tokens_per_image": [16], "kept_per_image": [4], "text_agnostic": True}
     view.ledger.add(step, notes.record)
     step.ensures(view)
     fresh = view_of(zoo.model("llava"))
@@ -55,6 +59,26 @@ def test_apply_records_what_rebuild_needs(kind):
     assert logits(fresh.model, batch).equal(logits(view.model, batch))
     with pytest.raises(Unmet, match="reduced already"):
         kind(keep=0.5).requires(view, context(batch))
+
+
+@pytest.mark.parametrize("family", IN_SEQUENCE)
+@pytest.mark.parametrize("kind", [Pool, DivPrune, ApET])
+def test_batches_and_caches(kind, family):
+    """A batch of three prompts: with a cache as without, and each row as alone."""
+    view, batch = reduced(zoo.model(family), kind(keep=0.5)), prompts(family)
+    answers = generate(view.model, batch)
+    assert torch.equal(answers, generate(view.model, batch, use_cache=False))
+    assert torch.equal(generate(view.model, single(batch, 2))[0], answers[2])
+
+
+def test_text_agnostic_is_told():
+    model, batch = zoo.model("llava"), prompts("llava")
+    told = {
+        kind.name: kind().apply(view_of(zoo.model("llava")), context(batch)).numbers["text_agnostic"] for kind in KINDS
+    }
+    assert set(told.values()) == {True}
+    asked = DPP(relevance="prompt").apply(view_of(model), context(batch))
+    assert asked.numbers["text_agnostic"] is False
 
 
 def test_counts_that_differ_are_recorded_as_such():
@@ -74,7 +98,7 @@ def test_promise():
     decoder = view.decoder
     hooks = dict(decoder._forward_pre_hooks)
     decoder._forward_pre_hooks.clear()
-    with pytest.raises(PromiseBroken, match="hooks on the decoder are gone"):
+    with pytest.raises(PromiseBroken, match="hooks on the model are gone"):
         DPP(keep=0.5).ensures(view)
     decoder._forward_pre_hooks.update(hooks)
     DPP(keep=0.5).ensures(view)

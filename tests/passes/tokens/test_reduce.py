@@ -13,6 +13,7 @@ from svlm.compress.anatomy import view_of
 from svlm.compress.errors import ModelError, UsageError
 from svlm.compress.runtime.images import kept_count
 from svlm.compress.runtime.reduce import Reduction, install, installed, remove
+from svlm.passes.tokens.divprune import DivPrune
 from svlm.passes.tokens.dpp import DPP
 from svlm.passes.tokens.grid import Grid
 from svlm.passes.tokens.random import Random
@@ -51,7 +52,7 @@ def test_keeping_all_is_bit_identical(family):
     assert torch.equal(generate(view.model, batch), generate(model, batch))
 
 
-@pytest.mark.parametrize("kind", [DPP, Random, Grid])
+@pytest.mark.parametrize("kind", [DPP, Random, Grid, DivPrune])
 def test_equals_the_original_with_the_others_masked(family, kind):
     _, model, batch = family
     view = reduced(model, kind(keep=0.5))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from svlm.compress.runtime.images import kept_count
+from svlm.compress.runtime.images import kept_count, square
 from svlm.passes.tokens._select import dpp, grid_positions, random_positions, scaled
 from tests.oracles.dpp import greedy, kernel
 
@@ -46,7 +46,11 @@ def test_dpp_does_not_look_at_other_images():
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 4, 7, 16, 49, 52, 64, 100, 144])
-@pytest.mark.parametrize("choose", [grid_positions, lambda t, k: random_positions(t, k, 3)], ids=["grid", "random"])
+@pytest.mark.parametrize(
+    "choose",
+    [lambda t, k: grid_positions(square(t), k), lambda t, k: random_positions(t, k, 3)],
+    ids=["grid", "random"],
+)
 def test_positions_are_k_distinct_in_order(tokens, choose):
     for k in range(1, tokens + 1):
         places = choose(tokens, k).tolist()
@@ -55,12 +59,14 @@ def test_positions_are_k_distinct_in_order(tokens, choose):
 
 
 def test_grid_is_even_in_two_dimensions():
-    places = grid_positions(64, 16)
+    places = grid_positions((8, 8), 16)
     assert places.tolist() == [8 * y + x for y in (1, 3, 5, 7) for x in (1, 3, 5, 7)]
-    rows = grid_positions(64, 24) // 8
+    rows = grid_positions((8, 8), 24) // 8
     counts = torch.bincount(rows, minlength=8)
     assert counts[counts > 0].max() - counts[counts > 0].min() <= 1
-    assert grid_positions(12, 4).tolist() == [1, 4, 7, 10], "no square: even steps along the sequence"
+    assert grid_positions((1, 12), 4).tolist() == [1, 4, 7, 10], "no picture: even steps along the sequence"
+    assert grid_positions((2, 8), 4).tolist() == [9, 11, 13, 15], "low and wide: one row"
+    assert grid_positions((4, 16), 16).tolist() == [16 * y + x for y in (1, 3) for x in range(1, 16, 2)]
 
 
 def test_random_is_a_fixed_draw():
