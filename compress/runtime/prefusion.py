@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 SLOT = "prefusion"  # name of the Prefusion among the model's children
 BLOCK = "fuse"  # its blocks are fuse0, fuse1, ...
 BASE = 10_000.0  # of the wave lengths of places
+RATE = 10.0  # gates are kept divided by it, so that they learn that much faster than matrices
 
 
 class QueryCompressor(nn.Module):
@@ -46,7 +47,7 @@ class QueryCompressor(nn.Module):
         super().__init__()
         self.heads = math.gcd(width, 8)
         self.query = nn.Parameter(0.02 * torch.randn(tokens, width, generator=generator))
-        self.gate = nn.Parameter(torch.full((2, width), gate))  # of text, of visual tokens
+        self.gate = nn.Parameter(torch.full((2, width), gate / RATE))  # of text, of visual tokens
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(width, width, bias=False) for _ in range(4))
         with torch.no_grad():
             self.q_proj.weight.zero_()
@@ -99,7 +100,7 @@ class Prefusion(nn.Module):
         states = self._run(embeds, call)
         pictured = call.visual.any(1, keepdim=True)
         text, visual = ((mask & pictured)[..., None] for mask in (call.prompt, call.visual))
-        gate = torch.where(visual, self.compress.gate[1], self.compress.gate[0])
+        gate = RATE * torch.where(visual, self.compress.gate[1], self.compress.gate[0])
         fused = torch.where(text | visual, embeds + gate * (states - embeds), embeds)
         flat = fused.flatten(0, 1)
         for one in chosen:

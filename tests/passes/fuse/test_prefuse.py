@@ -17,7 +17,7 @@ from svlm.compress.errors import PromiseBroken, Unmet, UsageError
 from svlm.compress.export.run import export_model
 from svlm.compress.pipeline import apply_pass, ask_promises
 from svlm.compress.runtime.images import square
-from svlm.compress.runtime.prefusion import SLOT, sinusoids
+from svlm.compress.runtime.prefusion import RATE, SLOT, sinusoids
 from svlm.compress.runtime.reduce import installed, remove
 from svlm.passes.distill.logits import Logits
 from svlm.passes.fuse.prefuse import Prefuse
@@ -133,9 +133,9 @@ def naive(fusion, x, states, prompt, places, keep):
     out = x.clone()
     for t in range(len(x)):
         if prompt[t]:
-            out[t] = x[t] + compress.gate[0] * (states[t] - x[t])
+            out[t] = x[t] + RATE * compress.gate[0] * (states[t] - x[t])
         if t in places:
-            out[t] = x[t] + compress.gate[1] * (states[t] - x[t])
+            out[t] = x[t] + RATE * compress.gate[1] * (states[t] - x[t])
     image = out[places].clone()
     _, weights = cells(square(len(places)), len(keep))
     spots = sinusoids(len(places), width)
@@ -450,3 +450,11 @@ def test_parameters_up_flops_down():
     assert after["parameters_by_part"]["connector"] == before["parameters_by_part"]["connector"] + new
     assert after["parameters_by_part"]["language"] == before["parameters_by_part"]["language"]
     assert after["flops"]["decode"] < before["flops"]["decode"]
+
+
+def test_the_openvino_runtime_refuses_it(llava):
+    from svlm.compress.runtime.openvino.convert import image_modules
+
+    assert image_modules(view_of(copy.deepcopy(llava[0])))
+    with pytest.raises(Unmet, match=r"prefusion\.fuse0 works on text"):
+        image_modules(llava[2])
