@@ -4,8 +4,11 @@ The mechanism of `fuse.prefuse` (after LLaVA-Mini, arXiv 2501.03895). A `Prefusi
 for the tokens of one call that has images::
 
     h  = block_N(... block_1(x))            x [batch, q, D]: embeddings of all tokens of the call, visual ones too
-    x' = x + gate * (h - x)                 prompt and visual tokens; one gate a channel for text, one for visual
+    x' = x + gate * (h - x) |x| / |h - x|   prompt and visual tokens; one gate a channel for text, one for visual
     c  = attention(queries, x'[image])      n tokens for each image; the decoder sees these and the text
+
+What the blocks add is brought to the size of the token before a gate counts it: a first block may add a hundred times
+an embedding, and to some tokens far more than to others.
 
 The blocks are run by the decoder's own forward, with its rotary embedding, masks, position ids and deep features, so
 that they compute what the decoder's blocks would. They keep no cache: they run once for a prompt, over the tokens of
@@ -31,7 +34,7 @@ if TYPE_CHECKING:
 SLOT = "prefusion"  # name of the Prefusion among the model's children
 BLOCK = "fuse"  # its blocks are fuse0, fuse1, ...
 BASE = 10_000.0  # of the wave lengths of places
-RATE = 10.0  # gates are kept divided by it, so that they learn that much faster than matrices
+SMALL = 1e-6  # below it, what the blocks add to a token is nothing
 
 
 class QueryCompressor(nn.Module):
@@ -40,14 +43,14 @@ class QueryCompressor(nn.Module):
     It starts as the mix that `prior` says: ``softmax(log prior + q k / sqrt(d)) v`` with q = 0 and v, o the identity.
 
     Args:
-        tokens: queries. width: channels of a token. gate: the gates at the start.
+        tokens: queries. width: channels of a token. gate: those of text at the start; those of visual tokens are 0.
     """
 
     def __init__(self, tokens: int, width: int, gate: float, generator: torch.Generator | None = None) -> None:
         super().__init__()
         self.heads = math.gcd(width, 8)
         self.query = nn.Parameter(0.02 * torch.randn(tokens, width, generator=generator))
-        self.gate = nn.Parameter(torch.full((2, width), gate / RATE))  # of text, of visual tokens
+        self.gate = nn.Parameter(torch.tensor([[gate], [0.0]]).repeat(1, width))  # of text, of visual tokens
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(width, width, bias=False) for _ in range(4))
         with torch.no_grad():
             self.q_proj.weight.zero_()
@@ -100,8 +103,10 @@ class Prefusion(nn.Module):
         states = self._run(embeds, call)
         pictured = call.visual.any(1, keepdim=True)
         text, visual = ((mask & pictured)[..., None] for mask in (call.prompt, call.visual))
-        gate = RATE * torch.where(visual, self.compress.gate[1], self.compress.gate[0])
-        fused = torch.where(text | visual, embeds + gate * (states - embeds), embeds)
+        gate = torch.where(visual, self.compress.gate[1], self.compress.gate[0])
+        added = states - embeds
+        added = added * (embeds.norm(dim=-1, keepdim=True) / added.norm(dim=-1, keepdim=True).clamp_min(SMALL))
+        fused = torch.where(text | visual, embeds + gate * added, embeds)
         flat = fused.flatten(0, 1)
         for one in chosen:
             if one.choice.weights is not None:

@@ -21,18 +21,19 @@ class Prefuse(Pass):
     """A few tokens an image for the decoder; what text wants to know of all others it reads before (LLaVA-Mini).
 
     Before the decoder, copies of its first blocks run once over all visual tokens and the prompt; what they add to a
-    token counts by a gate for each channel. Then cross-attention of `tokens` queries over each image's tokens gives
-    those that stay; it starts as the mean over even cells of the picture. The decoder's sequence, its prefill and its
+    token, brought to the token's size, counts by a gate for each channel. Then cross-attention of `tokens` queries over
+    each image's tokens gives those that stay; it starts as `tokens.pool`. The decoder's sequence, its prefill and its
     cache are those of `tokens` an image: FLOPs fall, while the copied blocks and the compressor add parameters, which
     the report shows with the connector's. Without training this is about what pooling is; `distill.logits` after it
-    is what the pass is for (``train: full``; or only what is new, with ``where: "prefusion.*"``).
+    is what the pass is for: first only what is new (``where: "prefusion.*"``, lr 1e-3), then all (``train: full``).
 
     As in the paper, answers are not fused: neither in training and scoring, where labels mark them, nor in generation,
     with a cache or without. So a prompt is fused as a whole, earlier turns of a conversation included. The blocks keep
     no cache: where a later turn goes on with the cache of the one before, only text that comes with a new image is
     fused, together with that image. Who decodes step by step without `generate` and without a cache marks the answer
-    by labels. Unlike the paper's code, positions and order are the original's, text before an image stays before it,
-    and the tokens of an image are made from what the blocks have made of it.
+    by labels. Unlike in the paper, positions and order are the original's, text before an image stays before it, the
+    tokens of an image are made from what the blocks have made of it, and a gate mixes what is fused with what was
+    there, so that a trained decoder knows its input from the start.
 
     The new parts are units of the connector: `connector.fuse0`, ..., `connector.compress`; quantizing passes take them
     with it. Prune before this pass: no config says the shapes after it. `svlm.load` rebuilds the model; stock loaders
@@ -41,8 +42,8 @@ class Prefuse(Pass):
     Settings:
         tokens: of each image for the decoder, at least 1; an image with fewer keeps its own.
         blocks: copied, the first of the language model; at least 1.
-        gate: at the start, how much of what these blocks add to a token goes into it: 0 starts as pooling, 1 as in the
-            paper, where the decoder has to learn what it is then given.
+        gate: at the start, how much of what these blocks add goes into text, as a share of each token's size; 0 starts
+            as `tokens.pool`, exactly. Visual tokens start with 0.
         seed: of the queries' start.
     """
 
@@ -52,7 +53,7 @@ class Prefuse(Pass):
 
     tokens: int = 4
     blocks: int = 1
-    gate: float = 0.0
+    gate: float = 0.2
     seed: int = 0
 
     def __post_init__(self) -> None:

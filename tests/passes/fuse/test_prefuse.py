@@ -17,7 +17,7 @@ from svlm.compress.errors import PromiseBroken, Unmet, UsageError
 from svlm.compress.export.run import export_model
 from svlm.compress.pipeline import apply_pass, ask_promises
 from svlm.compress.runtime.images import square
-from svlm.compress.runtime.prefusion import RATE, SLOT, sinusoids
+from svlm.compress.runtime.prefusion import SLOT, sinusoids
 from svlm.compress.runtime.reduce import installed, remove
 from svlm.passes.distill.logits import Logits
 from svlm.passes.fuse.prefuse import Prefuse
@@ -92,12 +92,12 @@ def llava():
 def test_it_starts_as_pooling(family):
     """Gates of 0: the logits are those of `tokens.pool`, and of the original where all tokens stay."""
     _, model, batch, _ = family
-    start = fused(model, Prefuse(tokens=2, blocks=1), lively=False)
+    start = fused(model, Prefuse(tokens=2, blocks=1, gate=0.0), lively=False)
     pooled = view_of(copy.deepcopy(model))
     Pool(keep=2 / int((batch["input_ids"][0] == zoo.IMAGE).sum())).rebuild(pooled, {})
     torch.testing.assert_close(logits(start.model, batch), logits(pooled.model, batch), rtol=1e-5, atol=1e-5)
     assert start.visual_tokens(batch) == [2, 2, 2]
-    every = fused(model, Prefuse(tokens=64, blocks=1), lively=False)
+    every = fused(model, Prefuse(tokens=64, blocks=1, gate=0.0), lively=False)
     assert torch.equal(logits(every.model, batch), logits(model, batch))
 
 
@@ -127,15 +127,19 @@ def test_its_blocks_compute_what_the_decoders_own_would(family):
     torch.testing.assert_close(seen["h"][real], wanted["h"][real], rtol=1e-5, atol=1e-5)
 
 
+def sized(added, token):
+    return added * token.square().sum().sqrt() / added.square().sum().sqrt()
+
+
 def naive(fusion, x, states, prompt, places, keep):
     """What the decoder is given, by loops. x, states: [q, D]; places: of one image; keep: those that stay."""
     compress, width = fusion.compress, x.shape[1]
     out = x.clone()
     for t in range(len(x)):
         if prompt[t]:
-            out[t] = x[t] + RATE * compress.gate[0] * (states[t] - x[t])
+            out[t] = x[t] + compress.gate[0] * sized(states[t] - x[t], x[t])
         if t in places:
-            out[t] = x[t] + RATE * compress.gate[1] * (states[t] - x[t])
+            out[t] = x[t] + compress.gate[1] * sized(states[t] - x[t], x[t])
     image = out[places].clone()
     _, weights = cells(square(len(places)), len(keep))
     spots = sinusoids(len(places), width)
