@@ -25,7 +25,7 @@ class Prefuse(Pass):
     each image's tokens gives those that stay; it starts as `tokens.pool`. The decoder's sequence, its prefill and its
     cache are those of `tokens` an image: FLOPs fall, while the copied blocks and the compressor add parameters, which
     the report shows with the connector's. Without training this is about what pooling is; `distill.logits` after it
-    is what the pass is for: first only what is new (``where: "prefusion.*"``, lr 1e-3), then all (``train: full``).
+    is what the pass is for, with ``train: full`` (``where: "prefusion.*"`` trains what is new alone).
 
     As in the paper, answers are not fused: neither in training and scoring, where labels mark them, nor in generation,
     with a cache or without. So a prompt is fused as a whole, earlier turns of a conversation included. The blocks keep
