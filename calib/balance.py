@@ -329,7 +329,8 @@ def answer_logits(view: ModelView, batch: Mapping[str, Any]) -> tuple[torch.Tens
     if not view.family.seq2seq:
         labels = labels[:, 1:]
         first = int((labels != -100).any(0).int().argmax())
-        if "logits_to_keep" in inspect.signature(model.forward).parameters and not wants_labels(model):
+        short = "logits_to_keep" in inspect.signature(model.forward).parameters
+        if short and not wants_labels(model):
             del given["labels"]
             given["logits_to_keep"] = labels.shape[1] + 1 - first
         logits = model(**given).logits[:, -(labels.shape[1] + 1 - first) : -1]

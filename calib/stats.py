@@ -241,6 +241,8 @@ def input_masks(
     tokens = ref.unit.cross if ref.role in ("cross.k", "cross.v") else ref.unit.tokens
     if tokens == "image":
         return None
+    if tokens == "all":
+        return view.token_masks(batch)
     masks = view.token_masks(batch, tokens)
     if kept is None:
         return masks

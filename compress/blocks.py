@@ -39,6 +39,9 @@ class Layout:
         head_dim: dotted attribute of the block that holds the width of one attention head.
         rotary: whether queries and keys are rotated by position.
         norms_if: dotted attribute of the block; the steps' norms hold only where it is true.
+        entry: a norm of the block whose output the first step alone reads, but with the channels of several positions
+            side by side (patch merging): input channel j of its linears is channel ``j % width`` of the norm.
+        matrix: a bare parameter [inputs, outputs] that reads `entry` in place of linears.
         qk_norms: modules that queries and keys, heads not yet split, pass through before attention.
     """
 
@@ -46,6 +49,8 @@ class Layout:
     head_dim: str | None = None
     rotary: bool = False
     norms_if: str | None = None
+    entry: str | None = None
+    matrix: str | None = None
     qk_norms: tuple[str, ...] = ()
 
     @classmethod
@@ -55,7 +60,7 @@ class Layout:
         Raises:
             ModelError: an unknown key or role.
         """
-        _only(data, {"steps", "head_dim", "rotary", "norms_if", "qk_norms"}, where)
+        _only(data, {"steps", "head_dim", "rotary", "norms_if", "entry", "matrix", "qk_norms"}, where)
         steps = []
         for row in data["steps"]:
             _only(row, {"norm", "linears"}, where)
@@ -65,8 +70,9 @@ class Layout:
                     raise ModelError(f"no such role: '{role}'", where=where, change=did_you_mean(role, ROLES))
                 pairs += [(role, path) for path in ([paths] if isinstance(paths, str) else paths)]
             steps.append(Step(tuple(pairs), row.get("norm")))
+        names = {key: data.get(key) for key in ("head_dim", "norms_if", "entry", "matrix")}
         rotary, qk_norms = bool(data.get("rotary", False)), tuple(data.get("qk_norms", ()))
-        return cls(tuple(steps), data.get("head_dim"), rotary, data.get("norms_if"), qk_norms)
+        return cls(tuple(steps), rotary=rotary, qk_norms=qk_norms, **names)
 
     def to_json(self) -> dict[str, Any]:
         steps = []
@@ -75,7 +81,7 @@ class Layout:
             for role, path in step.linears:
                 linears.setdefault(role, []).append(path)
             steps.append({"norm": step.norm, "linears": linears})
-        names = ("head_dim", "rotary", "norms_if")
+        names = ("head_dim", "rotary", "norms_if", "entry", "matrix")
         return {"steps": steps, **{n: getattr(self, n) for n in names}, "qk_norms": list(self.qk_norms)}
 
 
@@ -155,10 +161,9 @@ def _davit(attention: str, windows: bool) -> Layout:
     return Layout(steps + _mlp("norm2", "ffn.fc1", "ffn.fc2"))
 
 
-def _projector(*linears: str, norm: str | None = None, norms_if: str | None = None) -> Layout:
-    if len(linears) == 1:
-        return Layout((_step(norm, other=linears[0]),), norms_if=norms_if)
-    return Layout(_mlp(norm, *linears), norms_if=norms_if)
+def _projector(*linears: str, norm: str | None = None, norms_if: str | None = None, entry: str | None = None) -> Layout:
+    steps = (_step(norm, other=linears[0]),) if len(linears) == 1 else _mlp(norm, *linears)
+    return Layout(steps, norms_if=norms_if, entry=entry)
 
 
 LAYOUTS: dict[str, Layout] = {
@@ -206,13 +211,15 @@ LAYOUTS: dict[str, Layout] = {
     "LlavaOnevisionMultiModalProjector": _projector("linear_1", "linear_2"),
     "InternVLMultiModalProjector": _projector("linear_1", "linear_2", norm="layer_norm"),
     "PaliGemmaMultiModalProjector": _projector("linear"),
-    "Gemma3MultiModalProjector": Layout(()),  # its projection is a bare parameter, not a linear
+    "Gemma3MultiModalProjector": Layout((), entry="mm_soft_emb_norm", matrix="mm_input_projection_weight"),
     "Florence2MultiModalProjector": _projector("image_projection"),
     "Idefics3Connector": _projector("modality_projection.proj"),
     "SmolVLMConnector": _projector("modality_projection.proj"),
-    "PatchMerger": _projector("mlp.0", "mlp.2"),
-    "Qwen2_5_VLPatchMerger": _projector("mlp.0", "mlp.2"),
-    "Qwen3VLVisionPatchMerger": _projector("linear_fc1", "linear_fc2", norm="norm", norms_if="use_postshuffle_norm"),
+    "PatchMerger": _projector("mlp.0", "mlp.2", entry="ln_q"),
+    "Qwen2_5_VLPatchMerger": _projector("mlp.0", "mlp.2", entry="ln_q"),
+    "Qwen3VLVisionPatchMerger": _projector(
+        "linear_fc1", "linear_fc2", norm="norm", norms_if="use_postshuffle_norm", entry="norm"
+    ),
     "Blip2QFormerLayer": Layout(
         _attention(None, "attention", "output.dense", q="attention.query", k="attention.key", v="attention.value")
         + _cross("crossattention", "output.dense", q="attention.query", k="attention.key", v="attention.value")
@@ -272,6 +279,8 @@ LAYOUTS: dict[str, Layout] = {
     "TrOCRDecoderLayer": _bart(cross=True),
     "MBartEncoderLayer": _bart(cross=False, pre_norm=True),
     "MBartDecoderLayer": _bart(cross=True, pre_norm=True),
+    # what passes put onto a model
+    "QueryCompressor": Layout(tuple(_step(other=f"{part}_proj") for part in "qkvo")),
     # a linear that is a unit of its own
     "Linear": Layout((_step(other=""),)),
 }

@@ -19,7 +19,7 @@ from .blocks import Layout
 from .errors import ModelError, did_you_mean
 
 PARTS = ("vision", "connector", "language", "head")
-TOKENS = ("image", "prompt", "sequence")
+TOKENS = ("image", "prompt", "sequence", "all")
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,12 @@ class Place:
         stack: whether `path` leads to a stack of blocks or to one loose module.
         optional: no error where the model has no such module.
         tokens: what the rows of the unit's input are: ``image`` (patches or visual tokens), ``sequence`` (the tokens
-            that the logits belong to), or ``prompt`` (the encoder's tokens in an encoder-decoder language model).
+            that the logits belong to), ``prompt`` (the encoder's tokens in an encoder-decoder language model), or
+            ``all`` (the tokens of the sequence before a token pass took any out).
         cross: the same for the keys and values of cross-attention.
+        entry: dotted path of a norm outside, the last one where a pattern matches several, whose output the linears of
+            the unit's first step alone read, as it is or with the channels of several positions side by side (see
+            `blocks.Layout`).
     """
 
     part: str
@@ -44,6 +48,7 @@ class Place:
     optional: bool = False
     tokens: str = "image"
     cross: str = "image"
+    entry: str = ""
 
 
 @dataclass(frozen=True)
@@ -168,7 +173,7 @@ def _place(row: Mapping[str, Any], where: str) -> Place:
 _VISION = Place("vision", "@image", stack=True)
 _PROJECTOR = Place("connector", "model.multi_modal_projector")
 _LANGUAGE = Place("language", "@decoder", stack=True, tokens="sequence")
-_HEAD = Place("head", "lm_head", tokens="sequence")
+_HEAD = Place("head", "lm_head", tokens="sequence", entry="@decoder.norm")
 _POOLING = {"*.head.*": "the pooling head of SigLIP: the language model never sees its output"}
 
 
@@ -176,8 +181,8 @@ def _widths(*more: str, vision: tuple[str, ...] = ("vision_config.hidden_size",)
     return {"vision": vision, "language": ("text_config.hidden_size", *more)}
 
 
-def _llava(name: str, model_type: str, per_image: str = "", more: tuple[str, ...] = ()) -> Family:
-    places = (_VISION, _PROJECTOR, _LANGUAGE, _HEAD)
+def _llava(name: str, model_type: str, per_image: str = "", more: tuple[str, ...] = (), entry: str = "") -> Family:
+    places = (_VISION, dataclasses.replace(_PROJECTOR, entry=entry), _LANGUAGE, _HEAD)
     cells = "square" if per_image else ""
     widths = _widths(*more)
     return Family(name, (model_type,), places, ignored=_POOLING, per_image=per_image, cells=cells, widths=widths)
@@ -193,7 +198,7 @@ def _qwen(
 
 _QFORMER = (
     Place("connector", "qformer.encoder.layer.*", stack=True),
-    Place("connector", "language_projection"),
+    Place("connector", "language_projection", entry="qformer.encoder.layer.*.output_query.LayerNorm"),
 )
 
 _SWIN = "encoder.encoder.layers.*.blocks.*|encoder.encoder.layers.*.downsample"
@@ -205,7 +210,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "idefics3",
         ("smolvlm", "idefics3"),
-        (_VISION, Place("connector", "model.connector"), _LANGUAGE, _HEAD),
+        (_VISION, Place("connector", "model.connector", entry="@image.post_layernorm"), _LANGUAGE, _HEAD),
         per_image="pixel_shuffle",
         cells="square",
         widths=_widths(),
@@ -218,7 +223,13 @@ FAMILIES: tuple[Family, ...] = (
         _widths("vision_config.out_hidden_size"),
         Place("connector", "@image.deepstack_merger_list.*", stack=True),
     ),
-    _llava("paligemma", "paligemma", "patches", ("projection_dim", "hidden_size", "vision_config.projection_dim")),
+    _llava(
+        "paligemma",
+        "paligemma",
+        "patches",
+        ("projection_dim", "hidden_size", "vision_config.projection_dim"),
+        entry="@image.post_layernorm",
+    ),
     _llava("gemma3", "gemma3", "mm_tokens_per_image"),
     _llava("internvl", "internvl", "downsampled_patches"),
     Family(
@@ -229,7 +240,7 @@ FAMILIES: tuple[Family, ...] = (
             *_QFORMER,
             Place("language", "language_model.encoder.block.*", stack=True, tokens="prompt"),
             Place("language", "language_model.decoder.block.*", stack=True, tokens="sequence", cross="prompt"),
-            Place("head", "language_model.lm_head", tokens="sequence"),
+            Place("head", "language_model.lm_head", tokens="sequence", entry="@decoder.decoder.final_layer_norm"),
         ),
         text_types=("t5",),
         tower="vision_model",
@@ -247,7 +258,7 @@ FAMILIES: tuple[Family, ...] = (
             Place("language", "language_model.model.decoder.project_in", optional=True, tokens="sequence"),
             Place("language", "language_model.model.decoder.layers.*", stack=True, tokens="sequence"),
             Place("language", "language_model.model.decoder.project_out", optional=True, tokens="sequence"),
-            Place("head", "language_model.lm_head", tokens="sequence"),
+            Place("head", "language_model.lm_head", tokens="sequence", entry="@decoder.final_layer_norm"),
         ),
         tower="vision_model",
         decoder="language_model.model.decoder",
@@ -281,7 +292,7 @@ FAMILIES: tuple[Family, ...] = (
             Place("connector", "enc_to_dec_proj", optional=True),
             Place("language", "decoder.model.decoder.layers.*", stack=True, tokens="sequence"),
             Place("head", "decoder.output_projection", optional=True, tokens="sequence"),
-            Place("head", "decoder.lm_head", optional=True, tokens="sequence"),
+            Place("head", "decoder.lm_head", optional=True, tokens="sequence", entry="@decoder.layer_norm"),
         ),
         tower="encoder",
         decoder="decoder.model.decoder",
@@ -293,6 +304,13 @@ FAMILIES: tuple[Family, ...] = (
             "language": ("decoder.hidden_size",),
         },
     ),
+)
+
+
+# what passes put onto a model, whatever its family (runtime/prefusion.py)
+ADDED = (
+    Place("connector", "prefusion.fuse*", optional=True, tokens="all"),
+    Place("connector", "prefusion.compress", optional=True),
 )
 
 

@@ -25,7 +25,7 @@ from .families import Family
 from .ledger import SCHEMA, Ledger, Record
 from .mapped import map_weights, on_meta, read_mapped, release, worth_mapping
 from .runtime.codebook import codebooks, integer_grids
-from .uneven import adopt
+from .uneven import adopt, fill
 
 DEMO = Path(__file__).resolve().parent.parent / "calib" / "demo" / "model"
 LEDGER_FILE = "svlm.json"
@@ -198,6 +198,8 @@ def _load_saved(
         raise ModelError(
             "the saved model lacks weights", where=str(path), found=f"{len(lost)} missing, first: {lost[0]}"
         )
+    bare = dict(model.named_modules())
+    added = [name for name in info["unexpected_keys"] if name.rpartition(".")[0] not in bare]
     own = [Family.from_json(saved["family"])] if saved.get("family") else []
     view = view_of(model.eval(), _processor(str(path), trust_remote_code), source=saved["source"], rows=[*rows, *own])
     view.storage_dtype = storage
@@ -205,6 +207,9 @@ def _load_saved(
     view.grids |= {names[saved_name]: grid for saved_name, grid in grids.items()}
     view.grids |= {names[saved_name]: book for saved_name, book in books.items()}
     rebuild(view, view.ledger, find)
+    if added:
+        fill(model, state, added)
+        view.refresh()
     if worth_mapping(sum(p.numel() for p in model.parameters())) if lazy is None else lazy:
         map_weights(view.model)
     check_finite(view, str(path))

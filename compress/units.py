@@ -13,7 +13,7 @@ from torch import nn
 
 from .blocks import LAYOUTS, Layout, Step
 from .errors import ModelError
-from .families import PARTS, Family, Place
+from .families import ADDED, PARTS, Family, Place
 from .unknown import unknown_blocks, unplaced_linears
 
 
@@ -86,8 +86,12 @@ class Unit:
     Attributes:
         name: ``vision.blocks[3]``, ``connector``, ``connector.language_projection``, ``head``.
         index: the number in ``part.blocks[index]``; None for a loose module.
-        tokens: what the rows of its input are: ``image``, ``prompt`` or ``sequence`` (see `families.Place`); `cross`
-            is the same for the keys and values of cross-attention.
+        tokens: what the rows of its input are: ``image``, ``prompt``, ``sequence`` or ``all`` (see `families.Place`);
+            `cross` is the same for the keys and values of cross-attention.
+        entry: path of a norm whose output the first stage alone reads, as it is or with the channels of several
+            positions side by side, or None; not one that `LinearRef.norm` names.
+        matrix: path of the bare parameter [inputs, outputs] that reads it instead, or None.
+        added: whether a pass put it onto the model; no config knows of it.
     """
 
     name: str
@@ -103,6 +107,9 @@ class Unit:
     attention: AttentionGeometry | None = None
     cross_attention: AttentionGeometry | None = None
     mlp: MlpGeometry | None = None
+    entry: str | None = None
+    matrix: str | None = None
+    added: bool = False
 
 
 def find_anchors(model: Any, family: Family, paths: Mapping[str, nn.Module]) -> dict[str, str]:
@@ -134,10 +141,7 @@ def _places(
         if not place.stack:
             return anchors[path], [anchors[path]]
         path = _first_layers(anchors[path], paths) + ".*"
-    for anchor, name in anchors.items():
-        path = path.replace(anchor, name)
-    patterns = [re.compile(re.escape(p).replace(r"\*", "[^.]*")) for p in path.split("|")]
-    found = [name for name in paths if any(p.fullmatch(name) for p in patterns)]
+    path, found = _matching(path, paths, anchors)
     if not found and not place.optional:
         raise ModelError(
             f"the model has no module at '{place.path}'",
@@ -145,6 +149,20 @@ def _places(
             change="correct the path in the row, or mark the place optional: true",
         )
     return path, found
+
+
+def _matching(pattern: str, paths: Mapping[str, nn.Module], anchors: Mapping[str, str]) -> tuple[str, list[str]]:
+    """`pattern` with its anchors filled in, and the modules that it matches, as the model registers them."""
+    for anchor, name in anchors.items():
+        pattern = pattern.replace(anchor, name)
+    patterns = [re.compile(re.escape(p).replace(r"\*", "[^.]*")) for p in pattern.split("|")]
+    return pattern, [name for name in paths if any(p.fullmatch(name) for p in patterns)]
+
+
+def _norm_before(place: Place, paths: Mapping[str, nn.Module], anchors: Mapping[str, str]) -> str | None:
+    """The norm outside a place that its first linears alone read, where the model has it."""
+    found = _matching(place.entry, paths, anchors)[1] if place.entry else []
+    return found[-1] if found else None
 
 
 def _first_layers(root: str, paths: Mapping[str, nn.Module]) -> str:
@@ -175,7 +193,7 @@ def find_units(
     """The units in forward order. In the blocks at `split`, keys and values are made of more tokens than queries are:
     they are a stage of their own, and the norm before them feeds two."""
     layouts = {**LAYOUTS, **family.blocks}
-    resolved = [(place, *_places(family, place, paths, anchors)) for place in family.places]
+    resolved = [(place, *_places(family, place, paths, anchors)) for place in (*family.places, *ADDED)]
     strangers = {
         type(paths[name]).__name__: name
         for _, _, found in reversed(resolved)
@@ -184,7 +202,8 @@ def find_units(
     }
     if strangers:
         raise unknown_blocks(model, family, {cls: (name, paths[name]) for cls, name in strangers.items()})
-    sizes = {part: sum(len(f) for p, _, f in resolved if p.part == part) for part in PARTS}
+    own = resolved[: len(family.places)]
+    sizes = {part: sum(len(f) for p, _, f in own if p.part == part) for part in PARTS}
     counts = dict.fromkeys(PARTS, 0)
     units = []
     for place, path, found in resolved:
@@ -192,12 +211,15 @@ def find_units(
         for name in found:
             if stack is None:
                 index = None
-                title = place.part if sizes[place.part] == 1 else f"{place.part}.{name.rsplit('.', 1)[-1]}"
+                alone = sizes[place.part] == 1 and place not in ADDED
+                title = place.part if alone else f"{place.part}.{name.rsplit('.', 1)[-1]}"
             else:
                 index = counts[place.part]
                 counts[place.part] += 1
                 title = f"{place.part}.blocks[{index}]"
-            unit = Unit(title, place.part, index, name, paths[name], stack, place.tokens, place.cross)
+            entry = _norm_before(place, paths, anchors)
+            where = (place.part, index, name, paths[name], stack, place.tokens, place.cross)
+            unit = Unit(title, *where, entry=entry, added=place in ADDED)
             _fill(unit, layouts[type(paths[name]).__name__], name in split)
             units.append(unit)
     _check_partition(family, paths, units)
@@ -213,6 +235,7 @@ def _fill(unit: Unit, layout: Layout, split: bool = False) -> None:
     if stray:
         raise unplaced_linears(unit.name, type(unit.module).__name__, [f"{unit.path}.{name}" for name in stray])
     norms_hold = layout.norms_if is None or bool(attrgetter(layout.norms_if)(unit.module))
+    entry = f"{unit.path}.{layout.entry}" if layout.entry and not (layout.norms_if and norms_hold) else unit.entry
     stages: list[tuple[LinearRef, ...]] = []
     steps = [part for whole in layout.steps for part in (_apart(whole) if split else [whole])]
     for step in steps:
@@ -231,6 +254,8 @@ def _fill(unit: Unit, layout: Layout, split: bool = False) -> None:
         "attention": _attention(unit, layout, linears, "attn"),
         "cross_attention": _attention(unit, layout, linears, "cross"),
         "mlp": _mlp(linears),
+        "entry": entry,
+        "matrix": f"{unit.path}.{layout.matrix}" if layout.matrix else None,
     }
     for name, value in geometry.items():
         object.__setattr__(unit, name, value)

@@ -59,6 +59,14 @@ def export_model(
             where=str(spec),
             change="prune with allocation: uniform, or load it with svlm.load",
         )
+    added = [unit.name for unit in view.units if unit.added]
+    if added:
+        raise UsageError(
+            "no other loader can build this model: a pass gave it parts that no config says",
+            where=str(spec),
+            found=", ".join(added),
+            change="load it with svlm.load",
+        )
     facts: dict[str, Json] = {"svlm": __version__, "format": name, "source": str(spec), "loader": row.loader}
     with disk.whole_folder(target) as temporary:
         facts |= _write(view, Path(storage.resolve(spec)), row.module, name, temporary, dense)

@@ -11,6 +11,36 @@ from typing import Any
 from torch import nn
 
 
+class Generating:
+    """Stands in for a model's `generate`, and knows while that runs where the prompt ends.
+
+    Without a cache prompt and answer run together; they can then be told apart as they are with one.
+
+    Attributes:
+        given: tokens of the prompt, of one row; None outside of `generate`.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.given = model, None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own `generate`."""
+        ids = args[0] if args else next((kwargs[n] for n in ("inputs", "input_ids") if kwargs.get(n) is not None), None)
+        self.given = None if ids is None else ids.shape[1]
+        try:
+            return type(self.model).generate(self.model, *args, **kwargs)
+        finally:
+            self.given = None
+
+
+def generating(model: nn.Module) -> Generating:
+    """What knows where the prompt of `model` ends, put in the place of its `generate` where it is not there yet."""
+    known = vars(model).get("generate")
+    if not isinstance(known, Generating):
+        known = vars(model)["generate"] = Generating(model)
+    return known
+
+
 def merger(model: nn.Module, decoder_path: str) -> nn.Module | None:
     """The innermost module above the decoder that is given ids and pixels; None where there is none."""
     parts = decoder_path.split(".")

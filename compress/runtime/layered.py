@@ -30,9 +30,10 @@ from torch import Tensor, nn
 from ..errors import ModelError, UsageError
 from .block_run import CACHE, MASK, PLAN, Plan, attention_of, keys_and_values, run_block
 from .held import held_by, window_of
+from .hooks import Generating, generating, merger, named, setting
 from .masks import block_mask, order
 from .reduce import SLOT as REDUCTION
-from .reduce import cannot, kept_count, merger, named, setting
+from .reduce import cannot, kept_count
 from .rules import RULE, Rule, blocks_of, rule_of
 from .shortened import Shortened
 
@@ -87,7 +88,7 @@ class Layered(nn.Module):
         self.image_token_id = image_token_id
         self.causal = not setting(decoder, "use_bidirectional_attention")
         self.labels: Tensor | None = None
-        self.prompt: int | None = None  # tokens that `generate` was given
+        self.generating: Generating | None = None
         self.run: Run | None = None
         self.last = Last()
 
@@ -166,8 +167,8 @@ class Layered(nn.Module):
             answer = (labels != -100).to(ids.device)
             first = torch.where(answer.any(1), answer.int().argmax(1), ids.shape[1])
             real = real & (places < first[:, None])
-        if self.prompt is not None:
-            real = real & (past + places < self.prompt)
+        if self.generating is not None and self.generating.given is not None:
+            real = real & (past + places < self.generating.given)
         return torch.where(real, places, 0).amax(1, keepdim=True)
 
     def _shorten(self, run: Run, hidden: Tensor) -> None:
@@ -334,7 +335,7 @@ def install(
     layered = Layered(decoder, image_token_id)
     decoder.register_module(SLOT, layered)
     model.register_forward_pre_hook(layered.note_labels, with_kwargs=True)
-    model.generate = MethodType(_generate, model)
+    layered.generating = generating(model)
     merging.register_forward_pre_hook(layered.begin, with_kwargs=True)
     merging.register_forward_hook(layered.end, always_call=True)
     for block, paths in blocks.items():
@@ -355,15 +356,3 @@ def attached(model: nn.Module) -> bool:
         mine(block._forward_pre_hooks) and getattr(vars(block).get("forward"), "__func__", None) is run_block
         for block in blocks_of(model).values()
     )
-
-
-def _generate(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """The model's own `generate`; the mechanism knows meanwhile where the prompt ends."""
-    layered = installed(self)
-    ids = args[0] if args else next((kwargs[n] for n in ("inputs", "input_ids") if kwargs.get(n) is not None), None)
-    assert layered is not None
-    layered.prompt = None if ids is None else ids.shape[1]
-    try:
-        return type(self).generate(self, *args, **kwargs)
-    finally:
-        layered.prompt = None

@@ -18,9 +18,9 @@ Images are runs of consecutive image tokens (a tile between separators is one; v
 where asked for, on its row's prompt), never on the rest of the batch. Rows that end up shorter are filled up on the
 left with masked tokens.
 
-A method may also change what stays. Merging is part of its choice (`images.Choice.weights`). A module given as
-`rewrite` sees the whole sequence and what was chosen, and returns other embeddings for it; its parameters are the
-reduction's, and so the model's.
+A method may also change what stays. Merging is part of its choice (`images.Choice.weights`). What is given as `rewrite`
+sees the whole sequence and what was chosen, and returns other embeddings for it (see `prefusion`). Where the prompt
+matters, labels tell it from the answer; while `generate` runs, it is what that was given (`hooks.Generating`).
 
 A method may ask for what the vision tower knows of each token: a `tower.Watch` then listens to one of its blocks.
 """
@@ -28,14 +28,14 @@ A method may ask for what the vision tower knows of each token: a `tower.Watch` 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, MutableMapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError, UsageError
-from .hooks import layer_types, merger, named, owner, parameters, setting, window_of
+from .hooks import Generating, generating, layer_types, merger, named, owner, parameters, setting, window_of
 from .images import Choice, Choose, Chosen, Images, by_grid, kept_count, mean_direction, mixed, numbered, ranks, runs
 from .masks import gather, order, shorten_mask, windowed
 from .shortened import Shortened, shortened, state_of
@@ -65,8 +65,9 @@ def install(model: nn.Module, decoder_path: str, reduction: Reduction) -> None:
     decoder.register_module(SLOT, reduction)
     reduction.window = window_of(decoder)
     reduction.causal = not setting(decoder, "use_bidirectional_attention")
-    if reduction.prompt or reduction.rewrite is not None:
+    if reduction.reads_labels:
         model.register_forward_pre_hook(reduction.note_labels, with_kwargs=True)
+        reduction.generating = generating(model)
     merges.register_forward_pre_hook(reduction.begin, with_kwargs=True)
     merges.register_forward_hook(reduction.end, always_call=True)
     if reduction.watch is not None:
@@ -84,6 +85,14 @@ def remove(model: nn.Module) -> None:
                 del hooks[key]
         if module._modules.get(SLOT) is reduction is not None:
             del module._modules[SLOT]
+        known = vars(module).get("generate")
+        if reduction is not None and known is reduction.generating and not _others(model, reduction, known):
+            vars(module).pop("generate", None)
+
+
+def _others(model: nn.Module, reduction: Reduction, known: Any) -> bool:
+    """Whether another mechanism has to know where the prompt ends as well."""
+    return any(vars(m).get("generating") is known for m in model.modules() if m is not reduction)
 
 
 def obstacle(model: nn.Module, decoder_path: str) -> str:
@@ -118,12 +127,15 @@ class Call:
     Attributes:
         visual: image tokens. real: no padding. prompt: text that is not the answer (labels say so, where given).
         positions: places counted without padding.
+        decoder, inputs: what is called, and its arguments by name, as they were before anything was taken out.
     """
 
     visual: Tensor
     real: Tensor
     prompt: Tensor
     positions: Tensor
+    decoder: Any = None
+    inputs: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -138,7 +150,7 @@ class Cut:
 
 
 class Reduction(nn.Module):
-    """Runs a decoder on fewer visual tokens; `install` puts it on a model. Parameters are those of `rewrite` alone.
+    """Runs a decoder on fewer visual tokens; `install` puts it on a model. It has no parameters.
 
     Args:
         choose: `choose(images, k) -> Choice` (see `images`).
@@ -151,8 +163,8 @@ class Reduction(nn.Module):
             text between them; 0: each run is one image.
         count: how many tokens of each image stay, instead of `keep`.
         rewrite: `rewrite(embeds [batch, q, D], call, chosen) -> [batch, q, D]`, called with gradients for every call
-            that has images, after merging and before anything is taken out (even where all stay); what it returns at
-            places that do not stay is dropped.
+            that has images, before anything is taken out (even where all stay), and in place of merging; what it
+            returns at places that do not stay is dropped.
         watch: reads the tower for `images.attention` and `images.keys`.
     """
 
@@ -166,7 +178,7 @@ class Reduction(nn.Module):
         prompt: bool = False,
         per_image: int = 0,
         count: int = 0,
-        rewrite: nn.Module | None = None,
+        rewrite: Rewrite | None = None,
         watch: Watch | None = None,
     ) -> None:
         super().__init__()
@@ -174,9 +186,15 @@ class Reduction(nn.Module):
         self.label, self.prompt, self.window, self.causal = dict(label), prompt, 0, True
         self.per_image, self.count, self.rewrite, self.watch = per_image, count, rewrite, watch
         self.labels: Tensor | None = None
+        self.generating: Generating | None = None
         self.call: Call | None = None
         self.cut: Cut | None = None
         self.last: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def reads_labels(self) -> bool:
+        """Whether labels are to be passed with the input, where there are any."""
+        return self.prompt or self.rewrite is not None
 
     def kept(self, tokens: int) -> int:
         """How many tokens stay of an image of `tokens`."""
@@ -238,6 +256,8 @@ class Reduction(nn.Module):
         prompt = real & ~visual
         if self.labels is not None and self.labels.shape == ids.shape:
             prompt &= self.labels == -100
+        if self.generating is not None and self.generating.given is not None:
+            prompt &= torch.arange(past, past + new, device=ids.device) < self.generating.given
         self.call, self.labels = Call(visual, real, prompt, positions), None
         if self.watch is not None:
             self.watch.begin((values.get("mm_encoder_outputs") or {}).get("image"))
@@ -278,9 +298,11 @@ class Reduction(nn.Module):
             self.last = None
         state = state_of(cache)
         chosen = self._chosen(call, embeds, values.get("position_ids")) if new > 1 else []
-        if chosen:
-            embeds = mixed(embeds.flatten(0, 1), chosen).view_as(embeds)
-            values["inputs_embeds"] = embeds if self.rewrite is None else self.rewrite(embeds, call, chosen)
+        if chosen and self.rewrite is None:
+            values["inputs_embeds"] = mixed(embeds.flatten(0, 1), chosen).view_as(embeds)
+        elif chosen and self.rewrite is not None:
+            call.decoder, call.inputs = module, dict(values)
+            values["inputs_embeds"] = self.rewrite(embeds, call, chosen)
         cutting = any(one.kept.shape != one.places.shape for one in chosen)
         if not cutting and state is None:
             return ((), values) if chosen else None

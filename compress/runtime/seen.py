@@ -97,7 +97,7 @@ def seen(model: nn.Module) -> Kept | None:
 def wants_labels(model: nn.Module) -> bool:
     """Whether which tokens stay depends on where the prompt ends: a forward with an answer then needs `labels`."""
     reduction = reduce.installed(model)
-    return (reduction is not None and reduction.prompt) or rules.wants_labels(model)
+    return (reduction is not None and reduction.reads_labels) or rules.wants_labels(model)
 
 
 def chooses_again(model: nn.Module) -> bool:

@@ -1,1 +1,1 @@
-"""Passes that change how the language model meets the image."""
+"""Passes that rewrite how the model is put together: folds, and where picture and text meet."""

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from ...compress.base import Pass
 from ...compress.blueprint import config_tree
+from ...compress.errors import Unmet
+
+if TYPE_CHECKING:
+    from ...compress.anatomy import ModelView
 
 MLP_KEYS = ("intermediate_size", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "d_ff")
 HEAD_KEYS = ("num_attention_heads", "num_heads", "encoder_attention_heads", "decoder_attention_heads")
@@ -17,6 +22,18 @@ KV_KEY, DIM_KEY = "num_key_value_heads", "head_dim"
 KEYS = (*MLP_KEYS, *HEAD_KEYS, KV_KEY, DIM_KEY)
 
 Edits = dict[str, Any]  # "text_config.intermediate_size" -> value
+
+
+def refuse_added(step: Pass, view: ModelView) -> None:
+    """Raise Unmet where a pass put blocks onto the model: they follow no config, and would no longer fit."""
+    added = [unit.name for unit in view.units if unit.added]
+    if added:
+        raise Unmet(
+            f"{step.name} cannot change the shape of a model that has more parts than its config says",
+            where=added[0],
+            found=f"{len(added)} units that a pass added",
+            change=f"put {step.name} before that pass",
+        )
 
 
 def edit(config: Any, edits: Mapping[str, Any]) -> Any:

@@ -58,6 +58,9 @@ class Layers(Pass):
             raise ValueError(f"samples is at least 1, not {self.samples}")
 
     def requires(self, model: ModelView, ctx: Context) -> None:
+        from ._shapes import refuse_added
+
+        refuse_added(self, model)
         candidates, pinned = self._candidates(model, {})
         if len(candidates) < self.count:
             raise Unmet(

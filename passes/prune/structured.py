@@ -91,7 +91,9 @@ class Structured(Pass):
 
     def requires(self, model: ModelView, ctx: Context) -> None:
         from ._plan import plan_of
+        from ._shapes import refuse_added
 
+        refuse_added(self, model)
         fit = plan_of(self, model)
         paths = [path for target in fit.targets for path in target.paths]
         paths += [name.rpartition(".")[0] for stream in fit.streams for name, _ in stream.slices]

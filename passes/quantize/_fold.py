@@ -18,11 +18,16 @@ from ...compress.anatomy import LinearRef, ModelView, Unit
 
 @dataclass(frozen=True)
 class Pair:
-    """A writer (path of a norm or linear) and the linears that read it; `obstacle` says why no scale may be moved."""
+    """A writer (path of a norm or linear) and the linears that read it; `obstacle` says why no scale may be moved.
+
+    A linear may read the writer's channels several times over (several positions side by side), and a bare parameter
+    [inputs, outputs] at the path `matrix` may read them in place of linears.
+    """
 
     source: str
     targets: tuple[LinearRef, ...]
     obstacle: str | None = None
+    matrix: str | None = None
 
 
 def pairs_of(view: ModelView, unit: Unit, selected: Collection[LinearRef]) -> Iterator[Pair]:
@@ -94,7 +99,10 @@ def fold(view: ModelView, pair: Pair, scale: torch.Tensor) -> torch.Tensor:
         if isinstance(bias, nn.Parameter):
             bias.div_(scale.to(bias))
         for ref in pair.targets:
-            ref.module.weight.mul_(scale.to(ref.module.weight))
+            ref.module.weight.mul_(scale.repeat(ref.module.in_features // len(scale)).to(ref.module.weight))
+        if pair.matrix is not None:
+            matrix = view.model.get_parameter(pair.matrix)
+            matrix.mul_(scale[:, None].to(matrix))
     return scale
 
 

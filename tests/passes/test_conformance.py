@@ -27,6 +27,7 @@ SMALL = {  # settings that suit models with widths of 16 to 64
     "distill.logits": {"steps": 2, "batch_size": 2},
     "distill.features": {"steps": 2, "batch_size": 2, "features": ["vision", "language"]},
     "distill.blocks": {"steps": 2, "batch_size": 1},
+    "fuse.prefuse": {"tokens": 2, "blocks": 2, "gate": 0.5},
     "quantize.rtn": {"bits": 4, "group": -1, "where": ["language"]},
     "quantize.gptq": {"bits": 4, "group": -1, "where": ["language"]},
     "quantize.awq": {"bits": 4, "group": -1, "where": ["language"], "steps": 3},
@@ -61,7 +62,7 @@ def test_settings(name):
     assert kind.name == name and kind.summary and kind.paper
     step = make(name)
     assert kind.from_settings(yaml.safe_load(yaml.safe_dump(step.settings()))) == step
-    field = dataclasses.fields(step)[0].name
+    field = next((f.name for f in dataclasses.fields(step)), "name")  # some have no setting
     with pytest.raises(dataclasses.FrozenInstanceError):
         setattr(step, field, None)
     ladder, milder = 0, step.weaker()
@@ -120,7 +121,7 @@ CROSS = (
 )  # where reducing visual tokens is refused, with a reason
 CHOOSING = ("dpp", "random", "grid", "pool", "divprune", "visionzip", "apet", "fastv", "pyramid")
 UNMET: dict[str, tuple[str, ...]] = {f"tokens.{name}": CROSS for name in CHOOSING}
-MECHANISMS = ("fuse.freeze_vision", "fuse.bypass")  # what they put onto a model is hooks
+MECHANISMS = ("fuse.freeze_vision", "fuse.bypass", "fuse.prefuse")  # what they put onto a model is hooks
 UNMET |= dict.fromkeys(MECHANISMS, CROSS)
 UNMET["tokens.merge"] = (  # packed pictures with rotary places, attention without a mask, windows
     "qwen2-vl",
@@ -132,6 +133,7 @@ UNMET["tokens.merge"] = (  # packed pictures with rotary places, attention witho
     "donut",
 )
 UNMET["tokens.visionzip"] = (*CROSS, "llava-next", "llava-onevision")  # patches of a token: by picture, not by config
+UNMET["fuse.connector"] = ("llava", "llava-next", "llava-onevision", "internvl", "florence-2", "trocr", "donut")
 UNMET["prune.vocabulary"] = FAMILIES  # the zoo has no tokenizers; tests/compress/test_vocabulary.py cuts every family
 UNMET["tokens.resolution"] = FAMILIES  # no processors; tests/passes/tokens/test_resolution.py has those of every family
 UNMET["quantize.kv_cache"] = ("trocr",)  # generates without a cache

@@ -92,6 +92,8 @@ def image_modules(view: ModelView) -> list[str]:
     for unit in view.parts.get("connector", ()):
         if unit.path.startswith(f"{view.tower_path}."):
             continue
+        if unit.tokens != "image":
+            raise _refused(view, f"its {unit.path} works on text, too, before the decoder does")
         if unit.index is not None:
             raise _refused(view, f"its connector {unit.path} is a stack of blocks with queries of its own")
         paths.append(unit.path)
