@@ -28,7 +28,7 @@ from svlm.compress.disk import write_json
 from svlm.compress.recipe import Recipe
 from svlm.passes.api import Options, compress_model
 
-HEAL = {"distill.logits": {"lr": 1.0e-3, "train": "full"}}
+HEAL = {"distill.logits": {"lr": 3.0e-4, "train": "full"}}
 CASES: dict[str, list[dict[str, dict[str, Any]]]] = {
     "freeze": [{"fuse.freeze_vision": {"share": 0.5}}],
     "freeze-kl": [{"fuse.freeze_vision": {"share": 0.5, "criterion": "kl"}}],

@@ -90,7 +90,7 @@ class WalkUnit:
         stats = {stage: stat_factory() for stage in leads}
         for index, calls in enumerate(self._calls):
             weights = {stage: self._weights(index, ref, token_weights) for stage, ref in leads.items()}
-            kept = self._inside(index)
+            kept = self._walk._kept_inside(index, self.unit)
             apart = {ref for ref in leads.values() if kept and kept.apart(self.unit.module, ref.role)}
             for args, kwargs in calls:
                 waiting = dict(leads)
@@ -123,11 +123,8 @@ class WalkUnit:
 
     def kept(self) -> Iterator[tuple[torch.Tensor, torch.Tensor] | None]:
         """For each of `inputs` what token passes left of the unit's sequence (`Kept.whole`); None: all of it."""
-        kept = [self._inside(index) for index in range(len(self._calls))]
+        kept = [self._walk._kept_inside(index, self.unit) for index in range(len(self._calls))]
         return (k.whole if k else None for k, calls in zip(kept, self._calls) for _ in calls)
-
-    def _inside(self, index: int) -> Kept | None:
-        return self._walk._kept_inside(index, self.unit)
 
     def run(self, call: Call, weights: Mapping[LinearRef, torch.Tensor]) -> Any:
         """What the unit returns for `call` with other weights in its linears, with gradients where they are enabled."""
@@ -142,7 +139,7 @@ class WalkUnit:
         last = [ref for ref in self.unit.linears if ref.role not in ("cross.k", "cross.v")][-1]
         for index, calls in enumerate(self._calls):
             batch = self._walk.batches[index]
-            weights, kept = self._weights(index, last, token_weights), self._inside(index)
+            weights, kept = self._weights(index, last, token_weights), self._walk._kept_inside(index, self.unit)
             if weights is not None and kept is not None:
                 weights = kept.returned(self.unit.module, weights)
             yield from [(samples(batch), weights)] * len(calls)
