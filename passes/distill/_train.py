@@ -65,12 +65,14 @@ class Course:
     """What happened: training losses, validation losses by step, and where it was stopped.
 
     Attributes:
+        parts: for each check the validation loss of every batch.
         tokens: that losses were computed on. smooth: a running mean of the training losses. level: its largest value in
             the first steps.
     """
 
     losses: list[float] = field(default_factory=list)
     checks: dict[int, float] = field(default_factory=dict)
+    parts: dict[int, list[float]] = field(default_factory=dict)
     tokens: int = 0
     diverged_at: int | None = None
     smooth: float = 0.0
@@ -78,12 +80,28 @@ class Course:
 
     @property
     def best(self) -> tuple[int, float]:
-        """(step, validation loss) of the weights that were kept; of equal ones the first."""
-        return min(self.checks.items(), key=lambda item: item[1])
+        """(step, validation loss) of the weights that are kept: the last that are no worse than the lowest loss.
+
+        A few answers carry much of the loss, so the lowest one is partly luck; weights trained for longer count as no
+        worse within one standard error of the difference, batch by batch. The untrained ones are kept unless the
+        trained have a lower loss.
+        """
+        lowest = min(self.checks, key=lambda step: self.checks[step])
+        chosen = lowest
+        for step in [step for step in self.checks if step > lowest and self.checks[step] < self.checks[0]]:
+            if self.checks[step] - self.checks[lowest] <= spread(self.parts[step], self.parts[lowest]):
+                chosen = step
+        return chosen, self.checks[chosen]
 
     @classmethod
     def from_json(cls, values: Json) -> Course:
-        return cls(**values | {"checks": {int(step): loss for step, loss in values["checks"].items()}})
+        return cls(**values | {key: {int(k): v for k, v in values[key].items()} for key in ("checks", "parts")})
+
+
+def spread(some: Sequence[float], others: Sequence[float]) -> float:
+    """Standard error of the mean difference of pairs; 0 where there is one pair."""
+    apart = torch.tensor([a - b for a, b in zip(some, others, strict=True)], dtype=torch.float64)
+    return float(apart.std() / len(apart) ** 0.5) if len(apart) > 1 else 0.0
 
 
 def train(
@@ -96,7 +114,7 @@ def train(
     progress: Progress,
     checkpoint: Checkpoint | None = None,
 ) -> Course:
-    """Train `parameters` in place; they end as those that validated best, the untrained ones included.
+    """Train `parameters` in place; they end as `Course.best` says, the untrained ones included.
 
     Args:
         objective: the loss of a batch, to be sent backward, and how many tokens it was computed on.
@@ -112,12 +130,14 @@ def train(
     more = {"best": best} | ({"mean": mean} if plan.average else {})
     course = _restore(checkpoint, parameters, more, optimizers, feed)
 
-    def check() -> float:
+    def check(course: Course, step: int) -> None:
         with torch.no_grad(), holding(parameters, mean):
-            return float(torch.stack([judge(batch) for batch in validation]).mean())
+            course.parts[step] = torch.stack([judge(batch) for batch in validation]).tolist()
+        course.checks[step] = sum(course.parts[step]) / len(validation)
 
     if course is None:
-        course = Course(checks={0: check()})
+        course = Course()
+        check(course, 0)
         if not math.isfinite(course.checks[0]):
             raise WorkFailed("the model's answers are not finite before any training", found=f"loss {course.checks[0]}")
     every, settled = max(1, plan.steps // CHECKS), max(SETTLED, round(plan.steps * plan.warmup))
@@ -150,9 +170,8 @@ def train(
             with torch.no_grad():  # over fewer steps in the beginning, so that where it started is forgotten
                 torch._foreach_lerp_(mean, list(parameters), 1 - min(plan.average, (step + 1) / (step + 10)))
         if (step + 1) % every == 0 or step + 1 == plan.steps:
-            least = course.best[1]
-            course.checks[step + 1] = found = check()
-            if found < least:
+            check(course, step + 1)
+            if course.best[0] == step + 1:
                 with torch.no_grad():
                     torch._foreach_copy_(best, mean)
         if checkpoint and checkpoint.due():

@@ -28,8 +28,9 @@ class Logits(Distill):
     """Heal a changed model: it learns the original's token distribution at every answer token.
 
     Linear warm-up and a cosine, gradients clipped at 1. Dropout stays off, so a run with the same seed
-    repeats itself bit for bit, killed and resumed or not. A tenth of the fit split is held out; the weights that do
-    best on it are kept, the untrained ones included, so that training never leaves the model worse there. A loss that
+    repeats itself bit for bit, killed and resumed or not. A tenth of the fit split is held out; the last
+    weights that do as well on it as the best are kept (within one standard error), the untrained ones unless the loss
+    fell, so that training never leaves the model worse there. A loss that
     is not finite, or three times that of the first steps, ends the training early. Weights are trained before
     quantizing, or they would leave their grid; scales and norms after it. Where the data has no answers, the original's
     own greedy answers are those that it learns.

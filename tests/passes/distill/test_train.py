@@ -50,3 +50,16 @@ def test_muon_takes_matrices_and_adamw_the_rest() -> None:
     assert 0 < float((vector.detach() - 1).abs().max()) < 0.05
     assert [type(o).__name__ for o in Plan(1, 1, 0, 0, "muon").optimizers([matrix, vector])] == ["Muon", "AdamW"]
     assert [type(o).__name__ for o in Plan(1, 1, 0, 0, "muon").optimizers([vector])] == ["AdamW"]
+
+
+def test_a_lowest_loss_that_is_luck_does_not_beat_longer_training() -> None:
+    noisy = Course(checks={0: 1.0, 10: 0.3, 20: 0.32, 30: 0.5}, parts={
+        0: [1.0, 1.0, 1.0], 10: [0.1, 0.3, 0.5], 20: [0.3, 0.2, 0.46], 30: [0.3, 0.5, 0.7],
+    })  # fmt: skip
+    assert noisy.best == (20, 0.32)  # 30 is worse in every batch by as much
+    worse = Course(checks={0: 0.31, 10: 0.3, 20: 0.32}, parts={0: [0.3, 0.32], 10: [0.1, 0.5], 20: [0.3, 0.34]})
+    assert worse.best == (10, 0.3)  # no worse than the lowest, but than the untrained
+    single = Course(checks={0: 1.0, 10: 0.3, 20: 0.3001}, parts={0: [1.0], 10: [0.3], 20: [0.3001]})
+    assert single.best == (10, 0.3)
+    untrained = Course(checks={0: 0.2, 10: 0.3}, parts={0: [0.1, 0.3], 10: [0.5, 0.1]})
+    assert untrained.best == (0, 0.2)
