@@ -41,7 +41,7 @@ CONTROL = "tokens.random"
 CONTROLS = (CONTROL, "tokens.grid", "tokens.pool", "tokens.resolution")
 KEEPS = (0.5, 0.25, 0.125)
 ROUNDS = 9  # of timing
-HEAL: dict[str, Any] = {"lr": 1.0e-3, "train": "lora"}
+HEAL: dict[str, Any] = {"lr": 3.0e-4, "batch_size": 64, "average": 0.98}
 
 
 def methods() -> list[str]:
