@@ -10,8 +10,10 @@ not run again. Cases whose passes are not on the menu are left out. Figures of a
 freeze, freeze-kl      visual tokens frozen in half of the blocks, chosen greedily or each alone.
 fastv-50, fastv-25     half or a quarter of each image's tokens from block 2 on. pyramid: a half, a quarter, an eighth.
 bypass, bypass-2       visual tokens skip the decoder and are read in one block, or in two; then distillation.
-prefuse                one token an image, after blocks that fuse image and question; then distillation.
-grid-50, grid-25, pool-50, pool-25, pool-25-healed, grid-25-healed
+prefuse-4, prefuse-4-n2, prefuse-1
+                       four tokens an image or one, after one block or two that fuse image and question; then distillation.
+pool-4                 four tokens by pooling, with the same distillation: what prefuse has to beat.
+grid-50, grid-25, pool-50, pool-25
                        fewer tokens before the decoder: what the others have to beat at the same count.
 """
 
@@ -28,22 +30,24 @@ from svlm.compress.disk import write_json
 from svlm.compress.recipe import Recipe
 from svlm.passes.api import Options, compress_model
 
-HEAL = {"distill.logits": {"lr": 3.0e-4, "train": "full"}}
+HEAL = {"distill.logits": {"lr": 2.0e-4}}
+LEARN = {"distill.logits": {"batch_size": 128, "optimizer": "muon", "lr": 1.0e-2, "average": 0.98}}  # anew, not back
 CASES: dict[str, list[dict[str, dict[str, Any]]]] = {
     "freeze": [{"fuse.freeze_vision": {"share": 0.5}}],
     "freeze-kl": [{"fuse.freeze_vision": {"share": 0.5, "criterion": "kl"}}],
     "fastv-50": [{"tokens.fastv": {"keep": 0.5, "block": 2}}],
     "fastv-25": [{"tokens.fastv": {"keep": 0.25, "block": 2}}],
     "pyramid": [{"tokens.pyramid": {"ratio": 0.5}}],
-    "bypass": [{"fuse.bypass": {"count": 1}}, HEAL],
-    "bypass-2": [{"fuse.bypass": {"count": 2}}, HEAL],
-    "prefuse": [{"fuse.prefuse": {}}, HEAL],
+    "bypass": [{"fuse.bypass": {"count": 1}}, LEARN],
+    "bypass-2": [{"fuse.bypass": {"count": 2}}, LEARN],
+    "prefuse-4": [{"fuse.prefuse": {"tokens": 4}}, HEAL],
+    "prefuse-4-n2": [{"fuse.prefuse": {"tokens": 4, "blocks": 2}}, HEAL],
+    "prefuse-1": [{"fuse.prefuse": {"tokens": 1}}, HEAL],
+    "pool-4": [{"tokens.pool": {"keep": 0.0625}}, HEAL],
     "grid-50": [{"tokens.grid": {"keep": 0.5}}],
     "grid-25": [{"tokens.grid": {"keep": 0.25}}],
-    "grid-25-healed": [{"tokens.grid": {"keep": 0.25}}, HEAL],
     "pool-50": [{"tokens.pool": {"keep": 0.5}}],
     "pool-25": [{"tokens.pool": {"keep": 0.25}}],
-    "pool-25-healed": [{"tokens.pool": {"keep": 0.25}}, HEAL],
 }
 
 
