@@ -11,7 +11,7 @@ freeze, freeze-kl      visual tokens frozen in half of the blocks, chosen greedi
 fastv-50, fastv-25     half or a quarter of each image's tokens from block 2 on. pyramid: a half, a quarter, an eighth.
 bypass, bypass-2       visual tokens skip the decoder and are read in one block, or in two; then distillation.
 prefuse-4, prefuse-4-n2, prefuse-1
-                       four tokens an image or one, after one block or two that fuse image and question; then distillation.
+                       four tokens an image or one, after one block or two that fuse image and question; distilled.
 pool-4                 four tokens by pooling, with the same distillation: what prefuse has to beat.
 grid-50, grid-25, pool-50, pool-25
                        fewer tokens before the decoder: what the others have to beat at the same count.

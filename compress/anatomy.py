@@ -295,24 +295,27 @@ class ModelView:
         """
         if self._image_token_ids() and "input_ids" in batch:
             vision = self.token_masks(batch, "prompt").vision
-            reduction, shares = installed(self.model), held_shares(self.model)
-            if reduction is None and shares is None:
+            if installed(self.model) is None and held_shares(self.model) is None:
                 return vision.sum(1).tolist()
-            lengths = image_lengths(vision, self.per_image() or 0)
-            if reduction is not None:
-                lengths = [[reduction.kept(n) for n in row] for row in lengths]
-            if shares is None:
-                return [sum(row) for row in lengths]
-            held = [[sum(kept_count(n, s) for n in row) if s else 0 for s in shares] for row in lengths]
-            return [_whole(sum(row) / len(shares)) for row in held]
+            return [self.left_of(row) for row in image_lengths(vision, self.per_image() or 0)]
         if "pixel_values" not in batch:
             return [0] * len(next(iter(batch.values())))
         with torch.no_grad():
             states = self.tower(batch["pixel_values"]).last_hidden_state
         return [states.shape[1]] * states.shape[0]
 
+    def left_of(self, lengths: Sequence[int]) -> int | float:
+        """What token passes leave of images with so many placeholders each; the mean over blocks where these differ."""
+        reduction, shares = installed(self.model), held_shares(self.model)
+        if reduction is not None:
+            lengths = [reduction.kept(n) for n in lengths]
+        if shares is None:
+            return sum(lengths)
+        held = sum(kept_count(n, share) for share in shares if share for n in lengths)
+        return _whole(held / len(shares))
+
     def per_image(self) -> int | None:
-        """Visual tokens of one image by the config alone; None where they depend on the image."""
+        """Visual tokens of one image by the config alone, before any pass; None where they depend on the image."""
         formula = self.family.per_image
         return PER_IMAGE[formula](self.model.config) if formula else None
 

@@ -37,7 +37,8 @@ def inspect_table(view: ModelView, batch: Mapping[str, Any] | None = None) -> di
             "bytes": stored,
             "heads": _heads(units),
         }
-    visual = view.per_image()
+    whole = view.per_image()
+    visual = None if whole is None else view.left_of([whole])
     if visual is None and batch is not None:
         visual = view.visual_tokens(batch)[0]
     linears = [name for name, module in view.model.named_modules() if isinstance(module, nn.Linear)]

@@ -20,6 +20,7 @@ def _some_blocks_quantized(out: Path) -> bool:
     return len(list((out / ".svlm" / "scratch").glob("*/*/*"))) >= 3
 
 
+@pytest.mark.slow
 def test_killed_twice_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(p for p in sys.path if p))  # the children run the svlm under test
     recipe, calm, out = tmp_path / "three.yaml", tmp_path / "calm", tmp_path / "out"

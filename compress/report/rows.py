@@ -99,7 +99,7 @@ def control_text(control: Mapping[str, Any]) -> str:
     tokens, match = amount(control["visual_tokens"]), percent(row["exact_match"])
     return (
         f"{control['pass']} ({tokens} visual tokens): exact match {match}, KL {number(row['kl'], '.3g')}; "
-        f"the pass is ahead by {points(ahead['delta'])} points ({points(low)} to {points(high)})"
+        f"beside it the pass has {points(ahead['delta'])} points ({points(low)} to {points(high)})"
     )
 
 
@@ -173,9 +173,9 @@ def first_token(report: Mapping[str, Any]) -> list[str]:
         return []
     shares = ", ".join(f"{100 * took[part] / total:.0f} % {name}" for part, name in FIRST.items() if took.get(part))
     if took["vision"] > took["prefill"]:
-        advice = "fewer visual tokens are felt where they are cut inside the tower, or by smaller pictures"
+        advice = "cutting visual tokens can pay inside the tower, or by smaller pictures"
     else:
-        advice = "fewer visual tokens are felt where they are cut before the language model"
+        advice = "cutting visual tokens can pay before the language model"
     return [f"The original's time to the first token, {total:.1f} ms, is {shares}: {advice}."]
 
 

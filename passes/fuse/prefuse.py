@@ -50,6 +50,7 @@ class Prefuse(Pass):
     name: ClassVar[str] = "fuse.prefuse"
     summary: ClassVar[str] = "few visual tokens for the decoder; text reads all of them in blocks before it (to distil)"
     paper: ClassVar[str] = "LLaVA-Mini, arXiv 2501.03895"
+    names_blocks: ClassVar[bool] = True
 
     tokens: int = 4
     blocks: int = 1
@@ -79,7 +80,12 @@ class Prefuse(Pass):
             )
         blocks = _decoder_blocks(model)
         if len(blocks) < self.blocks:
-            raise Unmet(f"{self.name} copies more blocks than there are", found=f"{len(blocks)}, not {self.blocks}")
+            raise Unmet(
+                f"{self.name} copies more blocks than there are",
+                where=f"blocks: {self.blocks}",
+                found=f"{len(blocks)} blocks",
+                change=f"blocks: 1 to {len(blocks)}",
+            )
         gridded = [ref.path for unit in blocks for ref in unit.linears if ref.path in model.grids]
         if gridded:
             raise Unmet(

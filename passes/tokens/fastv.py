@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
+from ...compress.base import Json
 from ._inside import Inside
-from ._reduce import LADDER
+from ._reduce import CONTROLS, LADDER
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,8 @@ class FastV(Inside):
     Settings:
         keep: fraction of each image's visual tokens that stay, in (0, 1]; rounded, at least one token an image.
         block: the first block without the others, counted from 0; at least 1.
+        against_controls: also measure `tokens.random`, `tokens.grid` and `tokens.resolution` in this pass's place, at
+            the same `keep` but for all blocks, on the check split. Takes a measurement each.
     """
 
     name: ClassVar[str] = "tokens.fastv"
@@ -28,6 +31,7 @@ class FastV(Inside):
 
     keep: float = 0.5
     block: int = 2
+    against_controls: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.keep <= 1:
@@ -37,6 +41,9 @@ class FastV(Inside):
 
     def stages(self, blocks: int) -> tuple[list[int], dict[int, float]]:
         return [self.block - 1], {self.block: self.keep}
+
+    def controls(self) -> tuple[tuple[str, dict[str, Json]], ...]:
+        return tuple((name, {"keep": self.keep}) for name in CONTROLS) if self.against_controls else ()
 
     def weaker(self) -> Self | None:
         higher = [keep for keep in LADDER if keep > self.keep]

@@ -27,7 +27,7 @@ def test_sentences_say_what_is_no_better_and_nothing_of_what_is():
     assert told[1].startswith("mine is no better than a.better") and "62.0 %" in told[1]
     assert told[2] == "mine was not compared with a.none: there is no pass 'a.none'"
     assert control_text(rows[0]) == (
-        "a.worse (16 visual tokens): exact match 55.0 %, KL 0.25; the pass is ahead by +5.0 points (+1.0 to +9.0)"
+        "a.worse (16 visual tokens): exact match 55.0 %, KL 0.25; beside it the pass has +5.0 points (+1.0 to +9.0)"
     )
 
 

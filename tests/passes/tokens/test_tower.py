@@ -258,7 +258,7 @@ def test_the_walk_sees_what_inference_sees(family):
     for unit in walk:
         units += 1
         if unit.name in ("language.blocks[1]", "head"):
-            assert all(torch.equal(one[0], index) for one, index in zip(walk._kept, kept, strict=True))
+            assert all(torch.equal(one.whole[0], index) for one, index in zip(walk._kept, kept, strict=True))
     assert units > 6
     for index, output in enumerate(wanted):
         torch.testing.assert_close(walk.replay(index).logits, output, rtol=1e-5, atol=1e-5)
