@@ -168,9 +168,6 @@ class Prefuse(Pass):
         """Twice the tokens."""
         return replace(self, tokens=2 * self.tokens) if 2 * self.tokens <= MOST else None
 
-    def brief(self) -> Self:
-        return replace(self, blocks=1)
-
     def _label(self) -> dict[str, Json]:
         return {"pass": self.name, **self.settings()}
 
