@@ -23,7 +23,8 @@ class Layers(Pass):
     ``kl`` tries every block: the model runs without it, and the KL divergence of its answer tokens from the original's
     is measured on the fit split. The one that costs least goes, and all others are tried again. A cosine between a
     block's input and output, which is all that ``influence`` looks at, does not see what later blocks make of the
-    difference.
+    difference. Neither sees what training can bring back: deeper blocks heal better, and ``where`` can be kept to them
+    (`language.blocks[2:]`; after Gromov et al., arXiv 2403.17887).
 
     A block stays where no stock config says the model without it (the notes list such blocks and why), and the last
     one of a stack always stays. Train back what was lost with `distill.logits` or `distill.features`.
