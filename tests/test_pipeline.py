@@ -109,6 +109,7 @@ def test_verify_from_disk_gives_the_figures_of_the_run(data, tmp_path):
         assert checked["quality"][key] == report["stages"][-1]["quality"][key], key
 
 
+@pytest.mark.slow
 def test_a_choice_of_tokens_beside_its_controls(tmp_path):
     """Each control is what measuring it alone gives; the report says plainly where the choice is no better."""
     few = CalibrationSet.load("demo", fit=4, check=16, seed=0)

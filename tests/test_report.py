@@ -64,8 +64,8 @@ def page() -> Page:
 def test_the_verdict_says_size_accuracy_interval_and_flips() -> None:
     first, where, second, third, fourth = headline(reports.report())
     assert first == "demo is now 4.49 times smaller: 7.82 MB before, 1.74 MB after."
-    assert "6.9 ms, is 45 % the vision tower, 55 % the language model's reading of the prompt: fewer" in where
-    assert where.endswith("cut before the language model.")
+    assert "6.9 ms, is 45 % the vision tower, 55 % the language model's reading of the prompt: cutting" in where
+    assert where.endswith("can pay before the language model.")
     assert "on 512 questions: 91.4 % before, 90.2 % after, a change of −1.2 points" in second
     assert "95 % interval −2.5 to +0.2" in second
     assert third == "12 answers went from right to wrong, 6 from wrong to right."

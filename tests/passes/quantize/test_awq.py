@@ -166,6 +166,7 @@ def distance(step: Any) -> tuple[float, Notes]:
     return float((found - wanted).square().mean()), notes
 
 
+@pytest.mark.slow
 def test_scaling_clipping_and_the_solver_each_lower_the_error() -> None:
     kind: dict[str, Any] = {"bits": 3, "group": 8}
     nearest, _ = distance(RTN(**kind, search="none"))
