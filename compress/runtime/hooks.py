@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import MethodType
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+from ..errors import UsageError
 
 
 class Generating:
@@ -60,6 +63,26 @@ def parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
 def named(module: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
     """The arguments of a call by name."""
     return dict(zip(parameters(type(module).forward), args)) | kwargs
+
+
+def ids_of(module: nn.Module, values: Mapping[str, Any], image_token_id: int) -> Tensor:
+    """The token ids of a call [batch, q]; of a single new embedding per row, any id that is no image's.
+
+    Raises:
+        UsageError: several embeddings without ids, in which visual tokens cannot be told from text.
+    """
+    ids = values.get("input_ids")
+    if ids is not None:
+        return ids
+    embeds = values["inputs_embeds"]
+    if embeds.shape[1] > 1:
+        raise UsageError(
+            "a model that takes visual tokens away needs input_ids",
+            where=type(module).__name__,
+            found="inputs_embeds alone, in which visual tokens cannot be told from text",
+            change="pass input_ids and pixel_values",
+        )
+    return torch.full(embeds.shape[:2], image_token_id - 1, device=embeds.device)
 
 
 def owner(hook: Any) -> Any:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from ..errors import ModelError, UsageError
 from .block_run import CACHE, MASK, PLAN, Plan, attention_of, keys_and_values, run_block
 from .held import held_by, window_of
-from .hooks import Generating, generating, merger, named, setting
+from .hooks import Generating, generating, ids_of, merger, named, setting
 from .masks import block_mask, order
 from .reduce import SLOT as REDUCTION
 from .reduce import cannot, kept_count
@@ -100,18 +100,9 @@ class Layered(nn.Module):
     def begin(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Note which tokens of this call are visual, and where the prompt ends."""
         values = named(module, args, kwargs)
-        ids, cache, labels = values.get("input_ids"), values.get(CACHE), self.labels
+        cache, labels = values.get(CACHE), self.labels
         self.run = self.labels = None
-        if ids is None:
-            if values["inputs_embeds"].shape[1] > 1:
-                raise UsageError(
-                    "a model that treats visual tokens block by block needs input_ids",
-                    where=type(module).__name__,
-                    found="inputs_embeds alone, in which visual tokens cannot be told from text",
-                    change="pass input_ids and pixel_values",
-                )
-            shape = values["inputs_embeds"].shape[:2]
-            ids = torch.full(shape, self.image_token_id - 1, device=values["inputs_embeds"].device)
+        ids = ids_of(module, values, self.image_token_id)
         visual = ids == self.image_token_id
         images = bool(visual.any())
         if ids.shape[1] > 1:

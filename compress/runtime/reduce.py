@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError, UsageError
-from .hooks import Generating, generating, layer_types, merger, named, owner, parameters, setting, window_of
+from .hooks import Generating, generating, ids_of, layer_types, merger, named, owner, parameters, setting, window_of
 from .images import Choice, Choose, Chosen, Images, by_grid, kept_count, mean_direction, mixed, numbered, ranks, runs
 from .masks import gather, order, shorten_mask, windowed
 from .shortened import Shortened, shortened, state_of
@@ -231,17 +231,8 @@ class Reduction(nn.Module):
     def begin(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Note which tokens of this call are visual; tell the outer code how long the cache really is."""
         values = named(module, args, kwargs)
-        ids, cache, mask = values.get("input_ids"), values.get("past_key_values"), values.get("attention_mask")
-        if ids is None:
-            if values["inputs_embeds"].shape[1] > 1:
-                raise UsageError(
-                    "a model with reduced visual tokens needs input_ids",
-                    where=type(module).__name__,
-                    found="inputs_embeds alone, in which visual tokens cannot be told from text",
-                    change="pass input_ids and pixel_values",
-                )
-            ids = torch.full(values["inputs_embeds"].shape[:2], self.image_token_id - 1)
-            ids = ids.to(values["inputs_embeds"].device)
+        cache, mask = values.get("past_key_values"), values.get("attention_mask")
+        ids = ids_of(module, values, self.image_token_id)
         rows, new = ids.shape
         past = cache.get_seq_length() if cache is not None else 0
         full = mask if isinstance(mask, Tensor) and mask.ndim == 2 else ids.new_ones(rows, past + new)
