@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from svlm.calib import asking
 from svlm.calib import judge as judging
 from svlm.calib.dataset import CalibrationSet, Sample
 from svlm.calib.encode import Encoder
@@ -143,7 +144,7 @@ def test_the_report_and_the_gate_can_read_it(measured: Measurement) -> None:
     quality = json.loads(json.dumps(measured.quality, allow_nan=False))
     assert quality == measured.quality and json.loads(json.dumps(measured.items)) == measured.items
     assert not Gate("kl", max=0.0).judge(quality)[0] and Gate("exact_match", max_drop=1.0).judge(quality)[0]
-    assert None not in quality_row(quality).values()
+    assert [key for key, value in quality_row(quality).items() if value is None] == ["score"], "it is exact match"
     stage = {"index": 0, "pass": None, "verdict": "baseline", "quality": quality}
     assert {row["tag"] for row in tag_rows({"stages": [stage]})} == set(quality["by_tag"])
 
@@ -163,7 +164,7 @@ def test_a_larger_model_is_scored_in_parts_with_a_shortened_reference(
 ) -> None:
     monkeypatch.setattr(judging, "FULL_BYTES", 20_000)  # passed after the first few questions
     monkeypatch.setattr(judging, "TOP", 8)
-    monkeypatch.setattr(judging, "LOGIT_BYTES", 300_000)  # a few questions a forward
+    monkeypatch.setattr(asking, "LOGIT_BYTES", 300_000)  # a few questions a forward
     short = Judge(samples, Encoder(original.processor), original, tmp_path, batch_size=BATCH)
     rows: list[int] = []
     note = worse.model.register_forward_pre_hook(
@@ -306,4 +307,4 @@ def test_progress_is_told(judge: Judge, worse: ModelView) -> None:
         done=lambda: setattr(told, "ended", True),
     )
     judge.measure(worse, progress)
-    assert told.steps == told.total == 2 * 3 and told.ended
+    assert told.steps == told.total == 2 * 3 + 1 and told.ended
