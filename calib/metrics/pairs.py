@@ -22,8 +22,9 @@ def paired_bootstrap(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """The 95 % percentile interval of ``mean(after) - mean(before)``, resampling clusters (pictures); right or wrong, or
-    scores of any range.
+    """The 95 % percentile interval of ``mean(after) - mean(before)``, resampling clusters (pictures).
+
+    `before` and `after` are right or wrong, or scores of any range.
 
     A resample's difference is the sum of its pictures' differences over the number of its questions. The same
     arguments give the same interval.
