@@ -58,7 +58,7 @@ def test_rows(folder: Path) -> None:
         {"image": "1.png", "question": "what?"},
     )
     first, second, third = pool(file)
-    assert (first.question, first.answers, first.tags) == ("how many?", ("2", "two"), {"kind": "count", "n": "1"})
+    assert (first.question, first.answers, first.tags) == ("how many?", ("2", "2", "two"), {"kind": "count", "n": "1"})
     assert first.images[0].path == folder / "0.png" and first.where.endswith("rows.jsonl, line 1")
     assert (second.id, second.image_id, second.answers) == ("7", "1.png+2.png", ("3",))
     assert third.answers == () and third.where.endswith("line 4")
