@@ -23,10 +23,8 @@ from .compress.options import (
     Commands,
     PipeClosed,
     State,
-    anatomy_option,
-    data_option,
+    comparing,
     debug,
-    gate_option,
     lazy_option,
     loading,
     printing,
@@ -224,13 +222,12 @@ def compress(
 @cli.command()
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--against", required=True, metavar="MODEL", help="The original.")
-@data_option
-@gate_option
-@anatomy_option
+@comparing
 @speed
 @printing
 def verify(
-    out: Path, against: str, data: str | None, gate: str | None, anatomy: Path | None, batch_size: int, as_json: bool
+    out: Path, against: str, data: str | None, gate: str | None, score: str | None, anatomy: Path | None,
+    batch_size: int, as_json: bool,
 ) -> int:  # fmt: skip
     """Compare OUT with the original from disk: the paired difference on the check split.
 
@@ -238,6 +235,7 @@ def verify(
     Examples:
       svlm verify runs/demo --against demo
       svlm verify runs/int4 --against ./my-vlm -d questions.jsonl --gate "exact_match max_drop=0.02"
+      svlm verify runs/int4 --against ./my-vlm -d docvqa.jsonl --score anls
     """
     from .compress.gate import Gate
 
@@ -248,7 +246,8 @@ def verify(
     from .passes.api import verify as compare
 
     with progress() as told:
-        result = compare(out, against, samples, gate=limit, batch_size=batch_size, progress=told, rows=_rows(anatomy))
+        options: Any = {"batch_size": batch_size, "progress": told, "rows": _rows(anatomy)}
+        result = compare(out, against, samples, gate=limit, score=score, **options)
     _print_json(result) if as_json else print_comparison(result)
     return 0 if result["passed"] else 1
 

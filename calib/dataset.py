@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ..compress.errors import DataError
 from . import sources
+from .metrics import scores
 from .sample import ImageSource, Sample
 
 PER_IMAGE = 4  # questions taken of one image before every other image has had its turn
@@ -27,6 +28,7 @@ class CalibrationSet:
         description: where it comes from and how it was drawn, one sentence or two.
         recovery: starts an endless stream of fresh samples from neither split; None where the source has none.
         dropped: questions left out: asked twice of one picture, or about pictures of both splits at once.
+        score: how answers are rated (`calib.metrics.scores`).
     """
 
     fit: list[Sample]
@@ -36,9 +38,15 @@ class CalibrationSet:
     description: str
     recovery: Callable[[], Iterator[Sample]] | None = None
     dropped: int = 0
+    score: str = scores.EXACT
+
+    def __post_init__(self) -> None:
+        scores.chosen(self.score, ())
 
     @classmethod
-    def load(cls, spec: str | Path, *, fit: int = 256, check: int = 512, seed: int = 0) -> CalibrationSet:
+    def load(
+        cls, spec: str | Path, *, fit: int = 256, check: int = 512, seed: int = 0, score: str | None = None
+    ) -> CalibrationSet:
         """Read `fit` and `check` questions, and decode every picture that they need.
 
         Of one picture at most `PER_IMAGE` questions are taken, more only where there are too few pictures. A source
@@ -48,10 +56,13 @@ class CalibrationSet:
             spec: ``demo``, ``demo:shifted``, ``easy-vqa``, a file (.jsonl, .json), a folder, or a hub id.
             fit, check: questions, at least one each.
             seed: of the draw. The same spec, counts and seed give the same samples on every machine.
+            score: how answers are rated; None: VQA accuracy where every question has ten answers, else exact match.
 
         Raises:
-            DataError: nothing of that name; a broken file, row or image; no picture left for one of the splits.
+            DataError: nothing of that name; a broken file, row or image; no picture left for one of the splits; no such
+                score. UsageError: the score needs a package that is not installed.
         """
+        scores.chosen(score, ())  # before anything is read
         for split, count in (("fit", fit), ("check", check)):
             if count < 1:
                 raise DataError(
@@ -90,6 +101,7 @@ class CalibrationSet:
             " ".join(notes),
             source.recovery,
             dropped,
+            scores.chosen(score, [sample.answers for sample in chosen_check]),
         )
 
     def other(self, spec: str, seed: int) -> Callable[[], Iterator[Sample]]:

@@ -2,8 +2,8 @@
 
 The original is asked once; its answers and its log-probabilities on the answer tokens are cached by a fingerprint of
 model, data and versions. What is measured of every other model: KL(original || model) and top-1 agreement on the
-tokens of the reference answers (teacher-forced), their perplexity, and exact match of greedy answers with flips, a
-bootstrap interval over pictures and the exact McNemar test.
+tokens of the reference answers (teacher-forced), their perplexity with and without the picture, and exact match of
+greedy answers with flips, a bootstrap interval over pictures and the exact McNemar test; `calib.findings` has the rest.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,17 +24,19 @@ from ..compress import __version__
 from ..compress.anatomy import ModelView
 from ..compress.base import Json, Progress, Silent, evaluating
 from ..compress.disk import write_whole
-from ..compress.errors import WorkFailed
 from ..compress.storage import fingerprint
+from .asking import Said, answers, by_length, of_target, scored
+from .blank import LEAST, MOST, SHARE, Blank
 from .encode import Encoder
+from .findings import by_answer, findings
 from .metrics.answers import exact_match
-from .metrics.divergence import kl, kl_shortened, log_probabilities, perplexity, shorten
+from .metrics.divergence import kl, kl_shortened, perplexity, shorten
 from .metrics.pairs import detectable, mcnemar, paired_bootstrap
+from .metrics.scores import EXACT
 from .sample import Sample
 
 FULL_BYTES = 1 << 30  # the original's log-probabilities are kept whole up to this size
 TOP = 1024  # beyond it, this many of the most probable tokens and one lump of the rest
-LOGIT_BYTES = 1 << 30  # logits of one forward; batches with more are split
 SPARE_TOKENS, MOST_TOKENS = 4, 64  # greedy answers may be longer than the longest accepted answer; never longer
 
 
@@ -55,18 +57,32 @@ class Reference:
         indices, rest: ids of the top ones, and the log of the mass of all others [tokens].
         chosen: log-probability of the reference token [tokens].
         counts: tokens of each sample's reference answer [samples].
+        confidence: of its own answers [samples].
+        blind: log-probability of reference tokens where it sees a blank picture [tokens of `Judge.blank`].
     """
 
     answers: list[str]
     values: torch.Tensor
     chosen: torch.Tensor
     counts: torch.Tensor
+    confidence: torch.Tensor
+    blind: torch.Tensor
     indices: torch.Tensor | None = None
     rest: torch.Tensor | None = None
+
+    @property
+    def said(self) -> Said:
+        """Its own answers."""
+        return Said(self.answers, self.confidence.tolist())
 
     @cached_property
     def _starts(self) -> list[int]:
         return [0, *self.counts.cumsum(0).tolist()]
+
+    @property
+    def by_sample(self) -> Sequence[torch.Tensor]:
+        """`chosen`, a tensor for each sample."""
+        return self.chosen.split(self.counts.tolist())
 
     def against(self, sample: int, log_q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """KL in nats and whether the most probable token is the same, by token, for `log_q` [tokens, vocabulary]."""
@@ -88,6 +104,7 @@ class Judge:
         first: the judge of the same original while it still has all tokens, where this one speaks fewer: its answers
             are the original's answers. Where it has as many, all that it knows of the original serves.
         shown: makes the batches of the models that are measured, where these are shown something else.
+        score: the data's own score (`calib.metrics.scores`).
 
     Attributes:
         answers_from_original: check samples that had no answer, so that the original's own serves.
@@ -102,8 +119,10 @@ class Judge:
         batch_size: int = 32,
         first: Judge | None = None,
         shown: Encoder | None = None,
+        score: str = EXACT,
     ) -> None:
         self.encoder, self.original, self.batch_size, self.first = encoder, original, batch_size, first
+        self.score = score
         self._shown = shown or encoder
         self._given, self._cache_dir = tuple(samples), cache_dir
         self.answers_from_original = sum(not s.answers for s in samples)
@@ -118,7 +137,7 @@ class Judge:
         lacking = [s for s in samples if not s.answers and _content(s) not in self._own]
         if lacking:
             with evaluating(self.original.model):
-                texts = self._answers(self.original, self.encoder, lacking, MOST_TOKENS)
+                texts = answers(self.original, self.encoder, lacking, MOST_TOKENS, self.batch_size).texts
             self._own.update(zip(map(_content, lacking), texts))
             if self._own_file is not None:
                 write_whole(self._own_file, json.dumps(self._own))
@@ -128,6 +147,11 @@ class Judge:
     def samples(self) -> list[Sample]:
         """The check split with answers."""
         return self.answered(self._given)
+
+    @cached_property
+    def blank(self) -> Blank:
+        """Some of the check split about blank pictures."""
+        return Blank(self.samples, self.batch_size)
 
     @cached_property
     def _own(self) -> dict[str, str]:
@@ -158,16 +182,18 @@ class Judge:
         def compare(i: int, log_q: torch.Tensor, chosen: torch.Tensor) -> None:
             distances[i] = (*reference.against(i, log_q), chosen)
 
-        after = self._ask(view, self._shown, told, "measuring", compare)
-        distance, same, chosen = (torch.cat(rows) for rows in zip(*distances))
-        return self._compare(reference.answers, after, distance, same, chosen)
+        after, blind = self._ask(view, self._shown, told, "measuring", compare)
+        *columns, seeing = zip(*distances)
+        distance, same, chosen = (torch.cat(rows) for rows in (*columns, seeing))
+        measurement = self._compare(reference.said, after, distance, same, chosen)
+        measurement.quality["blank"] = self.blank.compare(blind, seeing, reference.blind, reference.by_sample)
+        return measurement
 
     def _compare(
-        self, before: list[str], after: list[str], distance: torch.Tensor, same: torch.Tensor, chosen: torch.Tensor
+        self, before: Said, after: Said, distance: torch.Tensor, same: torch.Tensor, chosen: torch.Tensor
     ) -> Measurement:
         samples = self.samples
-        was = [exact_match(a, s.answers) for a, s in zip(before, samples)]
-        now = [exact_match(a, s.answers) for a, s in zip(after, samples)]
+        was, now = ([exact_match(a, s.answers) for a, s in zip(x.texts, samples)] for x in (before, after))
         images = [s.image_id for s in samples]
         worse, better = (sum(x and not y for x, y in zip(*pair)) for pair in ((was, now), (now, was)))
         n = len(samples)
@@ -191,19 +217,22 @@ class Judge:
             "n": n,
             "n_images": len(set(images)),
             "by_tag": _by_tag(samples, was, now),
+            "by_answer": {name: _share(rows, was, now) for name, rows in by_answer(samples).items()},
         }
+        more, facts = findings(samples, self.score, before, after, was, now)
         items: list[dict[str, Json]] = [
             {
                 "id": s.id,
                 "image_id": s.image_id,
-                "answer": after[i],
+                "answer": after.texts[i],
                 "correct": now[i],
-                "reference_answer": before[i],
+                "reference_answer": before.texts[i],
                 "reference_correct": was[i],
+                **facts[i],
             }
             for i, s in enumerate(samples)
         ]
-        return Measurement(quality, items)
+        return Measurement(quality | more, items)
 
     # -- asking a model ------------------------------------------------------------------------------------------------
 
@@ -213,88 +242,34 @@ class Judge:
         encoder: Encoder,
         progress: Progress,
         what: str,
-        scored: Callable[[int, torch.Tensor, torch.Tensor], None],
-        answers: list[str] | None = None,
-    ) -> list[str]:
-        """Greedy answers to the check split; calls `scored(sample, log-probabilities, those of the reference)`.
+        tell: Callable[[int, torch.Tensor, torch.Tensor], None],
+        said: Said | None = None,
+    ) -> tuple[Said, torch.Tensor]:
+        """Greedy answers to the check split, and what `Blank.ask` gives.
 
-        Where the `answers` are known, the model is not asked for them.
+        Calls `tell(sample, log-probabilities, those of the reference)`. Where it is known what the model `said`, it is
+        not asked for that.
         """
-        order = self._order(self.samples, lambda s: len(s.answers[0]))
+        order = by_length(self.samples, lambda s: len(s.answers[0]))
         batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
-        progress.start(what, len(batches) * (2 if answers is None else 1))
+        progress.start(what, len(batches) * (2 if said is None else 1) + len(self.blank.batches))
         with evaluating(view.model):
             for part in batches:
-                rows = self._scores(view, encoder, [self.samples[i] for i in part])
+                rows = scored(view, encoder, [self.samples[i] for i in part])
                 for i, (log_p, target) in zip(part, rows):
-                    scored(i, log_p, log_p.gather(-1, target[:, None]).squeeze(-1))
+                    tell(i, log_p, of_target(log_p, target))
                 progress.step()
-            if answers is None:
-                answers = self._answers(view, encoder, self.samples, self._new_tokens, progress)
+            blind = self.blank.ask(view, encoder, progress)
+            if said is None:
+                said = answers(view, encoder, self.samples, self._new_tokens, self.batch_size, progress)
         progress.done()
-        return answers
+        return said, blind
 
     @cached_property
     def _new_tokens(self) -> int:
         every = [answer for s in self.samples for answer in s.answers]
         longest = max(map(len, self.encoder.tokenizer(every, add_special_tokens=False)["input_ids"]))
         return min(longest + 1 + SPARE_TOKENS, MOST_TOKENS)
-
-    @staticmethod
-    def _order(samples: Sequence[Sample], more: Callable[[Sample], int] = lambda s: 0) -> list[int]:
-        """Samples by number of pictures and length, so that a batch needs little padding."""
-        keys = [(len(s.images), len(json.dumps(s.conversation)) + more(s), i) for i, s in enumerate(samples)]
-        return [i for *_, i in sorted(keys)]
-
-    def _scores(
-        self, view: ModelView, encoder: Encoder, samples: Sequence[Sample]
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Log-probabilities [answer tokens, vocabulary] and reference tokens of each sample, teacher-forced."""
-        batch = _on(view, encoder.encode(samples))
-        labels = batch["labels"]
-        vocabulary = view.model.config.get_text_config(decoder=True).vocab_size
-        most = max(1, LOGIT_BYTES // (4 * labels.shape[1] * vocabulary))
-        if most < len(samples):
-            for start in range(0, len(samples), most):
-                yield from self._scores(view, encoder, samples[start : start + most])
-            return
-        # with labels: they tell prompt from answer to prefix-LM masks, and to passes that look at the prompt
-        logits = view.model(**batch).logits
-        if not view.family.seq2seq:
-            logits, labels = logits[:, :-1], labels[:, 1:]
-        for sample, row, target in zip(samples, logits, labels):
-            marked = target != -100
-            log_p = log_probabilities(row[marked]).cpu()
-            if not torch.isfinite(log_p).all():
-                raise WorkFailed(
-                    "the model's logits are not finite",
-                    where=f"sample {sample.id}: {sample.question}",
-                    found=f"{int((~torch.isfinite(log_p)).sum())} of {log_p.numel()} log-probabilities",
-                    change="milder settings for the last pass; in 16 bits, more range",
-                )
-            yield log_p, target[marked].cpu()
-
-    def _answers(
-        self,
-        view: ModelView,
-        encoder: Encoder,
-        samples: Sequence[Sample],
-        tokens: int,
-        progress: Progress | None = None,
-    ) -> list[str]:
-        """Greedy answers of up to `tokens` tokens, as `generate(do_sample=False)` gives them."""
-        order = self._order(samples)
-        answers = [""] * len(samples)
-        for start in range(0, len(order), self.batch_size):
-            part = order[start : start + self.batch_size]
-            inputs = _on(view, encoder.prompts([samples[i] for i in part]))
-            made = view.model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
-            prompt = inputs["input_ids"].shape[1] if "input_ids" in inputs and not view.family.seq2seq else 0
-            for i, text in zip(part, encoder.decode(made[:, prompt:])):
-                answers[i] = text
-            if progress is not None:
-                progress.step()
-        return answers
 
     # -- the original, once --------------------------------------------------------------------------------------------
 
@@ -320,18 +295,18 @@ class Judge:
                 short = True
                 rows[:] = [row and shorten(row[0], TOP) for row in rows]
 
-        known = self.first.reference(progress).answers if self.first is not None else None
-        answers = self._ask(self.original, self.encoder, progress, "asking the original", keep, known)
+        known = self.first.reference(progress).said if self.first is not None else None
+        said, blind = self._ask(self.original, self.encoder, progress, "asking the original", keep, known)
         values, *more = (torch.cat(column) for column in zip(*rows))
-        counts = torch.tensor([len(c) for c in chosen])
-        reference = Reference(answers, values, torch.cat(chosen), counts, *more)
+        counts, sure = torch.tensor([len(c) for c in chosen]), torch.tensor(said.confidence, dtype=torch.float64)
+        reference = Reference(said.texts, values, torch.cat(chosen), counts, sure, blind, *more)
         if self._cache_dir is not None:
             from safetensors.torch import save
 
             tensors = {k: v for k, v in vars(reference).items() if isinstance(v, torch.Tensor)}
             raw = save({k: v.contiguous() for k, v in tensors.items()})
             write_whole(self._cache_dir / f"{self.fingerprint}.safetensors", raw)
-            write_whole(self._cache_dir / f"{self.fingerprint}.json", json.dumps(answers))
+            write_whole(self._cache_dir / f"{self.fingerprint}.json", json.dumps(said.texts))
         return reference
 
     def _read(self) -> Reference | None:
@@ -360,7 +335,8 @@ class Judge:
     def fingerprint(self) -> str:
         """Of all that the reference depends on."""
         first = self.first.fingerprint if self.first is not None else ""
-        digest = hashlib.sha256(f"{self._model_print} {self.batch_size} {FULL_BYTES} {TOP} {first}".encode())
+        sizes = (self.batch_size, FULL_BYTES, TOP, MOST, LEAST, SHARE)
+        digest = hashlib.sha256(f"{self._model_print} {sizes} {first}".encode())
         for s in self._given:
             digest.update(f"{_content(s)} {s.answers!r}\n".encode())
         return digest.hexdigest()[:32]
@@ -370,10 +346,6 @@ def _content(sample: Sample) -> str:
     """sha256 of id, pictures, question and what was said before."""
     asked = [[image.content for image in sample.images], sample.conversation, sample.id]
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
-
-
-def _on(view: ModelView, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {k: v.to(view.model.device) for k, v in batch.items()}
 
 
 def compared(before: Sequence[Mapping[str, Json]], after: Sequence[Mapping[str, Json]]) -> dict[str, Json]:

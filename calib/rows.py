@@ -15,6 +15,7 @@ LLaVA rows without an image are left out and counted.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -83,13 +84,17 @@ def caption_samples(file: Path) -> list[Sample]:
 
 
 def answers_of(value: Any, where: str) -> tuple[str, ...]:
-    """Accepted answers from what stands in a row: nothing, a text, a number, or a list of these."""
+    """Accepted answers from what stands in a row: nothing, a text, a number, or a list of these.
+
+    An answer that several people gave stands there as often; the one that most of them gave comes first.
+    """
     if value is None:
         return ()
     values = value if isinstance(value, list) else [value]
     if any(isinstance(v, bool) or not isinstance(v, (str, int, float)) for v in values):
         raise DataError("an answer is a text or a list of texts", where=where, found=repr(value)[:200])
-    return tuple(dict.fromkeys(str(v) for v in values))
+    given = Counter(str(v) for v in values)
+    return tuple(text for text, _ in given.most_common() for _ in range(given[text]))
 
 
 def read_text(file: Path) -> str:

@@ -87,6 +87,7 @@ class Speech:
             batch_size=self.batch_size,
             first=self.first,
             shown=self.encoder,
+            score=self.data.score,
         )
 
     def encode(self, samples: Sequence[Sample]) -> dict[str, Any]:

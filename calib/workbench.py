@@ -62,6 +62,7 @@ class Workbench:
             "check": len(self.data.check),
             "fingerprint": self.data.fingerprint,
             "batch_size": self.batch_size,
+            "score": self.data.score,
         }
 
     @property

@@ -18,8 +18,12 @@ from typing import Literal
 from .base import Json
 from .errors import RecipeError, did_you_mean
 
+# scores that a data set may have of its own (calib/metrics/scores.py has the functions), and their titles
+SCORES = {"vqa": "VQA accuracy", "anls": "ANLS", "relaxed": "relaxed accuracy", "cider": "CIDEr", "bleu": "BLEU-4"}
 # metric -> the bound that it takes: `max_drop` is absolute against the original, `max` is on the value itself
-BOUNDS = {"exact_match": "max_drop", "agreement": "max_drop", "kl": "max", "perplexity": "max"}
+BOUNDS = {"exact_match": "max_drop", "agreement": "max_drop", "kl": "max", "perplexity": "max"} | dict.fromkeys(
+    SCORES, "max_drop"
+)
 ON_FAIL = ("stop", "skip", "keep", "retry")
 
 
@@ -28,7 +32,8 @@ class Gate:
     """One bound on one metric of the check split, measured against the ORIGINAL model.
 
     Attributes:
-        metric: `exact_match`, `agreement` (both: `max_drop`), `kl` (nats a token) or `perplexity` (both: `max`).
+        metric: `exact_match`, `agreement`, the data's own score (`anls`, ...; all of these: `max_drop`), `kl` (nats a
+            token) or `perplexity` (both: `max`).
         max_drop: largest absolute loss that passes, 0.01 = one point.
         max: largest value that passes.
         on_fail: `stop` restores the stage before and ends with exit code 1; `skip` restores and goes on; `keep` goes on
@@ -102,12 +107,17 @@ class Gate:
         return {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
 
     def judge(self, quality: Mapping[str, Json]) -> tuple[bool, str]:
-        """Whether `quality` (report.json's `quality`) holds the gate, and one sentence that says why."""
-        measured = quality[self.metric]
-        if self.metric == "exact_match":
+        """Whether `quality` (report.json's `quality`) holds the gate, and one sentence that says why.
+
+        Raises:
+            RecipeError: it asks for a score that was not measured.
+        """
+        measured = self._score(quality) if self.metric in SCORES else quality[self.metric]
+        if isinstance(measured, Mapping):
             lost, allowed = 0.0 - measured["delta"], self.max_drop
             low, high = (0.0 - 100 * b for b in reversed(measured["ci95"]))
-            says = f"exact match lost {100 * lost:.2f} points (95 % interval {low:.2f} to {high:.2f})"
+            name = SCORES.get(self.metric, "exact match")
+            says = f"{name} lost {100 * lost:.2f} points (95 % interval {low:.2f} to {high:.2f})"
         elif self.metric == "agreement":
             lost, allowed = 1.0 - measured, self.max_drop
             says = f"agreement with the original lost {100 * lost:.2f} points"
@@ -118,6 +128,16 @@ class Gate:
         passed = math.isfinite(lost) and lost <= allowed + 1e-9
         bound = f"{100 * allowed:.2f} points" if BOUNDS[self.metric] == "max_drop" else f"{allowed:.4g}"
         return passed, f"{says}, allowed {bound}"
+
+    def _score(self, quality: Mapping[str, Json]) -> Json:
+        measured = quality.get("score") or {"name": "exact_match"}
+        if measured["name"] != self.metric:
+            raise RecipeError(
+                f"the gate asks for {self.metric}, which was not measured",
+                found=f"the data's score is {measured['name']}",
+                change=f"calibration: {{score: {self.metric}}}, or --score {self.metric}",
+            )
+        return measured
 
 
 def _is_bound(value: Json) -> bool:

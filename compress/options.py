@@ -85,6 +85,9 @@ set_option = click.option(
     help="Override a setting; may be repeated.",
 )  # fmt: skip
 gate_option = click.option("--gate", metavar="TEXT", help='One gate for all: "exact_match max_drop=0.01 on_fail=skip".')
+score_option = click.option(
+    "--score", metavar="NAME", help="How the data rate answers: exact_match, vqa, anls, relaxed, cider, bleu."
+)
 anatomy_option = click.option(
     "--anatomy", type=click.Path(path_type=Path), metavar="ROW.YAML", help="Where the parts of an unknown family live."
 )
@@ -108,6 +111,7 @@ def together(*options: Any) -> Callable[[Any], Any]:
 
 
 work = together(recipe_option, data_option, set_option, gate_option)
+comparing = together(data_option, gate_option, score_option, anatomy_option)
 printing = together(as_json, debug)
 loading = together(anatomy_option, trust_option)
 speed = together(batch_option, threads_option)

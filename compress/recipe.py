@@ -2,7 +2,7 @@
 
 ::
 
-    calibration: {fit: 256, check: 512, seed: 0}
+    calibration: {fit: 256, check: 512, seed: 0}           # score: anls, vqa, ... where the data have one of their own
     gate: {metric: exact_match, max_drop: 0.02}            # the gate of every step that has none of its own
     passes:
       - prune.structured: {ratio: 0.3}
@@ -24,7 +24,7 @@ import yaml
 
 from .base import Json, Pass
 from .errors import RecipeError, did_you_mean
-from .gate import Gate
+from .gate import SCORES, Gate
 
 Menu = Callable[[str], type[Pass]]  # name -> class; raises RecipeError for an unknown name
 REPEAT = "repeat: {times: 3, passes: [prune.structured: {ratio: 0.2}, distill.logits: {steps: 200}]}"
@@ -33,11 +33,15 @@ DEFAULT_GATE = Gate(metric="exact_match", max_drop=0.02)
 
 @dataclass(frozen=True)
 class Calibration:
-    """How many questions passes may look at (`fit`), how many judge them (`check`), and the seed of all draws."""
+    """How many questions passes may look at (`fit`), how many judge them (`check`), and the seed of all draws.
+
+    `score` is the data's own: `anls`, ...; None: what the data show for certain, else exact match.
+    """
 
     fit: int = 256
     check: int = 512
     seed: int = 0
+    score: str | None = None
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,25 @@ class Recipe:
     steps: tuple[Step, ...]
     calibration: Calibration = field(default_factory=Calibration)
     name: str = "recipe"
+
+    @property
+    def score(self) -> str | None:
+        """The data's own score: as `calibration` says, or as a gate asks for.
+
+        Raises:
+            RecipeError: for two different ones.
+        """
+        asked = {s.gate.metric for s in self.steps if s.gate and s.gate.metric in SCORES}
+        if self.calibration.score is not None:
+            asked.add(self.calibration.score)
+        if len(asked) > 1:
+            raise RecipeError(
+                "a run measures one score",
+                where=f"{self.name}: calibration and gates",
+                found=", ".join(sorted(asked)),
+                change="gates on one of them, or on exact_match",
+            )
+        return next(iter(asked), None)
 
     def to_json(self) -> dict[str, Json]:
         passes: list[Json] = []
@@ -193,7 +216,12 @@ def _calibration(value: Json, where: str) -> Calibration:
             "calibration is a mapping", where=where, found=repr(value), change="calibration: {fit: 256, check: 512}"
         )
     _known(value, {f.name for f in dataclasses.fields(Calibration)}, where)
+    score = value.get("score")
+    if score is not None and score not in (known := ("exact_match", *SCORES)):
+        raise RecipeError(f"no score '{score}'", where=where, change=did_you_mean(str(score), known))
     for key, number in value.items():
+        if key == "score":
+            continue
         if type(number) is not int or number < (0 if key == "seed" else 1):
             raise RecipeError(
                 f"'{key}' is a whole number of at least {0 if key == 'seed' else 1}", where=where, found=repr(number)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from ..compress.base import Json, Progress, Silent
 from ..compress.errors import OutputError, SvlmError, UsageError, did_you_mean
 from ..compress.export import run as _export
 from ..compress.families import Family
-from ..compress.gate import Gate
+from ..compress.gate import SCORES, Gate
 from ..compress.pipeline import Outcome, Pipeline, logits_tolerance
 from ..compress.preflight import preflight
 from ..compress.publish import prove_reload, publish
@@ -150,9 +150,10 @@ def compress_model(
     o = options or Options()
     plan = recipe if isinstance(recipe, Recipe) else read_recipe(recipe)
     c = plan.calibration
-    samples = (
-        data if isinstance(data, CalibrationSet) else CalibrationSet.load(data, fit=c.fit, check=c.check, seed=c.seed)
-    )
+    if isinstance(data, CalibrationSet):
+        samples = replace(data, score=plan.score or data.score)
+    else:
+        samples = CalibrationSet.load(data, fit=c.fit, check=c.check, seed=c.seed, score=plan.score)
     original = (
         model
         if isinstance(model, ModelView)
@@ -239,18 +240,21 @@ def verify(
     fit: int | None = None,
     check: int | None = None,
     seed: int | None = None,
+    score: str | None = None,
     rows: Sequence[Family] = (),
 ) -> dict[str, Json]:
     """The paired comparison of a saved model with its original, from disk, on the check split that the run used.
 
-    Counts and seed default to those of the run that made `out`, so that the figures are the report's.
+    Counts, seed and score default to those of the run that made `out`, so that the figures are the report's; a gate on
+    a score asks for that one.
     """
     made = read_report(out) if (Path(out) / "report.json").is_file() else {}
     c = made.get("recipe", {}).get("calibration", {})
-    pick = {
+    pick: dict[str, Any] = {
         "fit": fit or c.get("fit", 256),
         "check": check or c.get("check", 512),
         "seed": c.get("seed", 0) if seed is None else seed,
+        "score": score or (gate.metric if gate and gate.metric in SCORES else made.get("data", {}).get("score")),
     }
     if not Path(storage.resolve(out)).is_dir():
         raise OutputError("no such folder", where=str(out), change="give the OUT of an earlier 'svlm compress'")

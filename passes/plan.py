@@ -30,7 +30,7 @@ def checks(model: str, recipe: Recipe, data: str | None, batch_size: int, **opti
         found.append("no data given (-d), so no pass was rehearsed")
     else:
         c = recipe.calibration
-        samples = CalibrationSet.load(data, fit=c.fit, check=c.check, seed=c.seed)
+        samples = CalibrationSet.load(data, fit=c.fit, check=c.check, seed=c.seed, score=recipe.score)
         found.append(f"{data}: {len(samples.fit)} questions to fit on, {len(samples.check)} to check, no image in both")
         rehearse(recipe, view, Workbench(view, samples, batch_size=batch_size, latency=False), find, options)
         found.append("every pass ran on two samples of a shrunken copy, which was saved and loaded back equal")

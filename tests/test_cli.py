@@ -345,9 +345,11 @@ def test_verify_finds_the_figures_of_the_report(run: Run, finished: tuple[Path, 
     result = json.loads(text)
     report = json.loads((out / "report.json").read_text())
     assert result["quality"]["exact_match"] == report["stages"][-1]["quality"]["exact_match"]
-    code, text, _ = run("verify", out, "--against", "demo", "--gate", "kl max=0")
+    code, text, _ = run("verify", out, "--against", "demo", "--gate", "kl max=0", "--score", "anls")
     assert code == 1
     assert "gate FAILS: kl is" in text
+    for fact in ("ANLS: ", "yes/no questions: says yes to", "Confidence is off by", "with a blank picture"):
+        assert fact in text, fact
 
 
 def test_ask_answers(run: Run, finished: tuple[Path, int], tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from PIL import Image
 
 from svlm.compress.errors import OutputError
 from svlm.compress.report import gallery_rows, headline, html, markdown, read, stage_rows, write
+from svlm.compress.report.facts import facts, last_facts
 from svlm.compress.report.rows import amount, points, settings_text, size
 from svlm.compress.report.terminal import Lines, print_stages, stage_line
 from tests import reports
@@ -270,3 +271,26 @@ def test_the_gallery_takes_flips_first_and_no_picture_twice() -> None:
 
     picture = Image.open(io.BytesIO(base64.b64decode(rows[0]["image_png_base64"])))
     assert picture.size == (288, 144)
+
+
+def test_facts_besides_exact_match_are_told_where_they_are_there() -> None:
+    rates = {"n": 40, "neither": 2, "yes_rate": 0.6, "accuracy": 0.8, "precision": 0.75, "recall": 0.9, "f1": 0.818}
+    blank = {"perplexity": 40.0, "reference_perplexity": 50.0, "seeing_perplexity": 1.5}
+    quality = {
+        "score": {"name": "anls", "value": 0.7, "reference": 0.712, "delta": -0.012, "ci95": [-0.02, 0.001]},
+        "yes_no": {**rates, "reference": {**rates, "yes_rate": 0.5, "neither": 0}},
+        "calibration": {"ece": 0.031, "reference_ece": 0.02, "bins": []},
+        "blank": {"n": 64, **blank, "reference_seeing_perplexity": 1.25},
+    }
+    told = facts(quality)
+    assert told[0] == (
+        "ANLS: 71.2 % before, 70.0 % after, a change of −1.2 points (paired 95 % interval −2.0 to +0.1)."
+    )
+    assert told[1].startswith("40 yes/no questions: says yes to 60.0 % (50.0 % before), accuracy 80.0 %")
+    assert told[1].endswith("; 2 answers are neither (0 before).") and "3.1 % on average, 2.0 % before" in told[2]
+    assert "blank picture 40, with the real one 1.5; before 50 and 1.25" in told[3] and len(told) == 4
+    assert facts({}) == facts({"yes_no": None, "blank": None}) == []
+    made = reports.report()
+    assert last_facts(made) == [], "an old report"
+    made["stages"][-1]["quality"] |= quality
+    assert last_facts(made) == told and last_facts({"stages": made["stages"][:1]}) == []

@@ -15,9 +15,16 @@ POWER = 1.959964 + 0.841621  # normal quantiles: two-sided 5 % level, 80 % power
 
 
 def paired_bootstrap(
-    before: Sequence[bool], after: Sequence[bool], clusters: Sequence[str], *, resamples: int = RESAMPLES, seed: int = 0
+    before: Sequence[float],
+    after: Sequence[float],
+    clusters: Sequence[str],
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
 ) -> tuple[float, float]:
     """The 95 % percentile interval of ``mean(after) - mean(before)``, resampling clusters (pictures).
+
+    `before` and `after` are right or wrong, or scores of any range.
 
     A resample's difference is the sum of its pictures' differences over the number of its questions. The same
     arguments give the same interval.

@@ -13,6 +13,7 @@ from typing import Any
 Row = dict[str, Any]
 IN_EFFECT = ("baseline", "passed", "retried", "kept")
 NOTHING = "–"
+MORE = ("score", "yes_no", "calibration", "blank", "by_answer")
 FIRST = {  # what the time to the first token consists of
     "vision": "the vision tower",
     "connector": "the connector",
@@ -47,7 +48,7 @@ def stage_rows(report: Mapping[str, Any]) -> list[Row]:
 
 
 def quality_row(quality: Mapping[str, Any]) -> Row:
-    """The figures of report.json's `quality`, flat."""
+    """The figures of report.json's `quality`, flat; those of `MORE` as they are, None where they were not measured."""
     match = quality.get("exact_match") or {}
     low, high = match.get("ci95") or (None, None)
     return {
@@ -62,6 +63,7 @@ def quality_row(quality: Mapping[str, Any]) -> Row:
         "kl": quality.get("kl"),
         "agreement": quality.get("agreement"),
         "perplexity": quality.get("perplexity"),
+        **{key: quality.get(key) for key in MORE},
     }
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from . import rows as r
+from .facts import facts
 from .terminal import print_table
 
 if TYPE_CHECKING:
@@ -105,6 +106,8 @@ def print_comparison(result: Mapping[str, Any]) -> None:
     ]  # fmt: skip
     titles = ["original", "this", "change, points [95\u00a0%]", "flips", "McNemar p", "KL", "agree"]
     print_table(titles, [cells], right=[True] * len(titles))
+    for sentence in facts(result["quality"]):
+        print(sentence)
     if result["gate"]:
         print(f"gate {'holds' if result['passed'] else 'FAILS'}: {result['says']}")
 

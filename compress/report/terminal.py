@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from . import rows as r
+from .facts import last_facts
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -29,7 +30,7 @@ def print_stages(report: Mapping[str, Any], file: TextIO | None = None) -> None:
     cells = [[c.text(row) for c in columns] for row in r.stage_rows(report)]
     print_table([c.title for c in columns], cells, right=[c.numeric for c in columns], file=file)
     print(file=file)
-    for sentence in r.headline(report):
+    for sentence in [*r.headline(report), *last_facts(report)]:
         print(sentence, file=file)
 
 

@@ -12,14 +12,16 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
+from svlm.calib import asking
 from svlm.calib import judge as judging
-from svlm.calib.dataset import CalibrationSet, Sample
+from svlm.calib.dataset import CalibrationSet, ImageSource, Sample
 from svlm.calib.encode import Encoder
 from svlm.calib.judge import Judge, Measurement
 from svlm.calib.metrics.pairs import detectable, mcnemar, paired_bootstrap
 from svlm.compress.anatomy import ModelView, view_of
-from svlm.compress.errors import WorkFailed
+from svlm.compress.errors import RecipeError, WorkFailed
 from svlm.compress.gate import Gate
 from svlm.compress.report.rows import quality_row, tag_rows
 from svlm.compress.storage import load_model
@@ -143,7 +145,7 @@ def test_the_report_and_the_gate_can_read_it(measured: Measurement) -> None:
     quality = json.loads(json.dumps(measured.quality, allow_nan=False))
     assert quality == measured.quality and json.loads(json.dumps(measured.items)) == measured.items
     assert not Gate("kl", max=0.0).judge(quality)[0] and Gate("exact_match", max_drop=1.0).judge(quality)[0]
-    assert None not in quality_row(quality).values()
+    assert [key for key, value in quality_row(quality).items() if value is None] == ["score"], "it is exact match"
     stage = {"index": 0, "pass": None, "verdict": "baseline", "quality": quality}
     assert {row["tag"] for row in tag_rows({"stages": [stage]})} == set(quality["by_tag"])
 
@@ -163,7 +165,7 @@ def test_a_larger_model_is_scored_in_parts_with_a_shortened_reference(
 ) -> None:
     monkeypatch.setattr(judging, "FULL_BYTES", 20_000)  # passed after the first few questions
     monkeypatch.setattr(judging, "TOP", 8)
-    monkeypatch.setattr(judging, "LOGIT_BYTES", 300_000)  # a few questions a forward
+    monkeypatch.setattr(asking, "LOGIT_BYTES", 300_000)  # a few questions a forward
     short = Judge(samples, Encoder(original.processor), original, tmp_path, batch_size=BATCH)
     rows: list[int] = []
     note = worse.model.register_forward_pre_hook(
@@ -171,7 +173,7 @@ def test_a_larger_model_is_scored_in_parts_with_a_shortened_reference(
     )
     quality, full = short.measure(worse).quality, measured.quality
     note.remove()
-    assert sum(rows) == 40 and max(rows) < BATCH / 2
+    assert sum(rows) == 40 + 16 and max(rows) < BATCH / 2  # 16 of them again, about blank pictures
     values = short.reference().values
     assert values.shape[1] == 8 and values.numel() * 4 < 20_000
     assert 0.5 * full["kl"] < quality["kl"] <= full["kl"] * 1.001
@@ -186,6 +188,92 @@ def test_an_alternative_answer_may_be_long(original: ModelView, samples: list[Sa
     some = [dataclasses.replace(samples[0], answers=("bear", long)), *samples[1:3]]
     assert Judge(some, Encoder(original.processor), original)._new_tokens >= 21
     assert Judge(samples, Encoder(original.processor), original)._new_tokens < 16
+
+
+# ------------------------------------------------------------------------------------------- besides right and wrong
+
+
+def test_a_confidence_is_the_probability_of_the_answer_given(
+    measured: Measurement, original: ModelView, worse: ModelView, samples: list[Sample]
+) -> None:
+    """Against transformers' `compute_transition_scores`, and against a forward over the finished answer."""
+    encoder = Encoder(original.processor)
+    for sample, item in list(zip(samples, measured.items))[::7]:
+        inputs = encoder.prompts([sample])
+        for view, key in ((worse, "confidence"), (original, "reference_confidence")):
+            options: dict[str, Any] = {"output_scores": True, "return_dict_in_generate": True}
+            made = view.model.generate(**inputs, **options, do_sample=False, max_new_tokens=12)
+            steps = view.model.compute_transition_scores(made.sequences, made.scores, normalize_logits=True)
+            assert item[key] == pytest.approx(float(steps.sum().exp()), rel=1e-3)
+            said = dataclasses.replace(
+                sample, answers=(encoder.decode(made.sequences[:, inputs["input_ids"].shape[1] :])[0],)
+            )
+            rows = oracle.answer_rows(view.model, encoder.encode([said]), True)
+            forced = sum(oracle.log_softmax(logits)[token] for logits, token in rows)
+            assert item[key] == pytest.approx(2.718281828**forced, rel=1e-3)
+    assert 0 < min(i["confidence"] for i in measured.items) < 0.9 < max(i["confidence"] for i in measured.items) <= 1
+
+
+def test_confidence_costs_no_forward(judge: Judge, worse: ModelView, samples: list[Sample]) -> None:
+    encoder = judge.encoder
+    with forwards(worse) as with_confidence:
+        asking.answers(worse, encoder, samples[:8], 12, 8)
+    with forwards(worse) as alone:
+        worse.model.generate(**encoder.prompts(samples[:8]), do_sample=False, max_new_tokens=12)
+    assert len(with_confidence) == len(alone) > 1
+
+
+def test_blank_pictures_equal_loops_over_grey_ones(
+    judge: Judge, measured: Measurement, original: ModelView, worse: ModelView, samples: list[Sample]
+) -> None:
+    blank, encoder = measured.quality["blank"], judge.encoder
+    assert blank["n"] == 16 == len(set(judge.blank.places)) and max(judge.blank.places) > 30, "from the whole split"
+    logs: dict[str, list[float]] = {key: [] for key in blank if key != "n"}
+    for i in judge.blank.places:
+        size = samples[i].images[0].open().size
+        grey = ImageSource(picture=Image.new("RGB", size, (128, 128, 128)))
+        shown = {"": dataclasses.replace(samples[i], images=(grey,)), "seeing_": samples[i]}
+        for who, view in (("", worse), ("reference_", original)):
+            for what, sample in shown.items():
+                rows = oracle.answer_rows(view.model, encoder.encode([sample]), True)
+                logs[f"{who}{what}perplexity"] += [oracle.log_softmax(logits)[token] for logits, token in rows]
+    for key, found in logs.items():
+        assert blank[key] == pytest.approx(2.718281828 ** (-sum(found) / len(found)), rel=1e-3), key
+    assert blank["reference_perplexity"] > 2 * blank["reference_seeing_perplexity"], "the demo model looks"
+
+
+def test_yes_and_no_and_figures_by_answer(measured: Measurement, samples: list[Sample]) -> None:
+    found, pairs = measured.quality["yes_no"], list(zip(samples, measured.items))
+    asked = [(s.answers[0] == "yes", item["answer"]) for s, item in pairs if s.answers[0] in ("yes", "no")]
+    assert found["n"] == len(asked) == found["reference"]["n"] > 5
+    assert found["yes_rate"] == sum(said == "yes" for _, said in asked) / len(asked)
+    assert found["accuracy"] == sum(due == (said == "yes") for due, said in asked) / len(asked)
+    assert measured.quality["by_answer"] == {}, "no answer is right for 8 of the 40 questions"
+    long = [dataclasses.replace(s, answers=("long" if len(s.question or "") > 25 else s.answers[0],)) for s in samples]
+    places = judging.by_answer(long)
+    assert list(places) == ["long"] and places["long"] == [i for i, s in enumerate(long) if s.answers == ("long",)]
+    twice = judging.by_answer([*long, *samples, *samples, *samples])
+    assert len(twice) > 2 and [len(p) for p in twice.values()] == sorted(map(len, twice.values()), reverse=True)
+    calibration = measured.quality["calibration"]
+    right = sum(row["n"] * row["accuracy"] for row in calibration["bins"])
+    assert right == pytest.approx(sum(i["correct"] for i in measured.items)) and 0 < calibration["ece"] < 1
+
+
+def test_data_with_a_score_of_their_own(
+    original: ModelView, worse: ModelView, judge: Judge, measured: Measurement, samples: list[Sample]
+) -> None:
+    some = [dataclasses.replace(s, answers=s.answers * 4 + ("something else",) * 6) for s in samples[:24]]
+    made = Judge(some, judge.encoder, original, batch_size=BATCH, score="vqa").measure(worse)
+    score = made.quality["score"]
+    assert score["name"] == "vqa" and score["value"] == pytest.approx(sum(i["score"] for i in made.items) / 24)
+    assert score["reference"] == pytest.approx(sum(i["reference_correct"] for i in made.items) / 24)
+    assert score["delta"] == pytest.approx(score["value"] - score["reference"])
+    assert score["ci95"][0] <= score["delta"] <= score["ci95"][1]
+    assert Gate("vqa", max_drop=1.0).judge(made.quality)[0] and "score" not in measured.quality
+    with pytest.raises(RecipeError, match=r"the gate asks for anls[\s\S]*the data's score is vqa"):
+        Gate("anls", max_drop=0.1).judge(made.quality)
+    with pytest.raises(RecipeError, match="the data's score is exact_match"):
+        Gate("anls", max_drop=0.1).judge(measured.quality)
 
 
 # ------------------------------------------------------------------------------------------------------------- refusal
@@ -296,6 +384,17 @@ def test_logits_and_labels_meet_as_the_family_has_them(family: str) -> None:
     assert measurement.quality["kl"] == pytest.approx(sum(expected) / len(expected), rel=1e-3)
     assert judge.measure(teacher).quality["kl"] == 0
     assert 0 < len(measurement.items[0]["answer"].split()) <= 8, "the answer alone, without the prompt"
+    assert measurement.quality["blank"] is None, "these samples have no picture"
+    options: dict[str, Any] = {"output_scores": True, "return_dict_in_generate": True, "num_beams": 1}
+    with torch.no_grad():
+        made = student.model.generate(
+            **encoder.prompts(samples), **options, do_sample=False, max_new_tokens=judge._new_tokens
+        )
+    ends = asking._closing(student.model)
+    for row, item in zip(made.sequences[:, -len(made.scores) :].tolist(), measurement.items):
+        length = next((t + 1 for t, token in enumerate(row) if token in ends), len(row))
+        steps = [made.scores[t][measurement.items.index(item)].log_softmax(-1)[row[t]] for t in range(length)]
+        assert item["confidence"] == pytest.approx(float(sum(steps).exp()), rel=1e-3)
 
 
 def test_progress_is_told(judge: Judge, worse: ModelView) -> None:
@@ -306,4 +405,4 @@ def test_progress_is_told(judge: Judge, worse: ModelView) -> None:
         done=lambda: setattr(told, "ended", True),
     )
     judge.measure(worse, progress)
-    assert told.steps == told.total == 2 * 3 and told.ended
+    assert told.steps == told.total == 2 * 3 + 1 and told.ended

@@ -58,7 +58,7 @@ def test_rows(folder: Path) -> None:
         {"image": "1.png", "question": "what?"},
     )
     first, second, third = pool(file)
-    assert (first.question, first.answers, first.tags) == ("how many?", ("2", "two"), {"kind": "count", "n": "1"})
+    assert (first.question, first.answers, first.tags) == ("how many?", ("2", "2", "two"), {"kind": "count", "n": "1"})
     assert first.images[0].path == folder / "0.png" and first.where.endswith("rows.jsonl, line 1")
     assert (second.id, second.image_id, second.answers) == ("7", "1.png+2.png", ("3",))
     assert third.answers == () and third.where.endswith("line 4")
@@ -287,3 +287,17 @@ def test_deep_grey_pictures_keep_their_shades(tmp_path: Path) -> None:
     Image.fromarray(np.linspace(0, 1, 64 * 64, dtype=np.float32).reshape(64, 64)).save(tmp_path / "float.tiff")
     with pytest.raises(DataError, match="floating-point"):
         ImageSource(tmp_path / "float.tiff").open()
+
+
+def test_ten_peoples_answers_stay_ten_and_choose_their_score(folder: Path) -> None:
+    people = ["grey", "noise", "noise", "dots", *["noise"] * 6]
+    rows = [{"image": f"{i}.png", "question": "what?", "answer": people} for i in range(4)]
+    lines(folder, *rows)
+    data = CalibrationSet.load(folder / "rows.jsonl", fit=2, check=2)
+    assert data.score == "vqa" and data.check[0].answers == (*["noise"] * 8, "grey", "dots"), "the most frequent first"
+    assert CalibrationSet.load(folder / "rows.jsonl", fit=2, check=2, score="anls").score == "anls"
+    lines(folder, *rows[:3], {**rows[3], "answer": people[:9]})
+    scores = {CalibrationSet.load(folder / "rows.jsonl", fit=1, check=3, seed=seed).score for seed in range(6)}
+    assert "exact_match" in scores, "not all have ten"
+    with pytest.raises(DataError, match="did you mean 'anls'"):
+        CalibrationSet.load(folder / "nothing.jsonl", score="anals")

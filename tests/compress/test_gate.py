@@ -3,7 +3,7 @@
 import pytest
 
 from svlm.compress.errors import RecipeError
-from svlm.compress.gate import Gate
+from svlm.compress.gate import SCORES, Gate
 
 
 def quality(delta=0.0, agreement=1.0, kl=0.0, perplexity=1.0):
@@ -52,3 +52,14 @@ def test_from_json_and_text_agree():
 def test_wrong_gates_say_what_to_change(value, word):
     with pytest.raises(RecipeError, match=word):
         Gate.from_json(value)
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_a_score_of_the_data_bounds_its_own_drop(name):
+    quality = {"score": {"name": name, "delta": -0.015, "ci95": [-0.03, 0.001]}}
+    passed, says = Gate(name, max_drop=0.01).judge(quality)
+    assert not passed and says.startswith(f"{SCORES[name]} lost 1.50 points (95 % interval -0.10 to 3.00)")
+    assert Gate.parse(f"{name} max_drop=0.02").judge(quality)[0]
+    for other in ({}, {"score": quality["score"] | {"name": "another"}}):
+        with pytest.raises(RecipeError, match="was not measured"):
+            Gate(name, max_drop=0.01).judge(other)

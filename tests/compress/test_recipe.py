@@ -1,6 +1,7 @@
 """Recipes: every key is checked, every value typed, and nothing in one is a code path."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -113,3 +114,16 @@ def test_unknown_recipe_names_those_that_ship(tmp_path: Path):
     broken.write_text("passes: [")
     with pytest.raises(RecipeError, match="not YAML"):
         read_recipe(broken, find, SHIPPED)
+
+
+def test_the_datas_own_score_is_named_once() -> None:
+    def score(**more: Any) -> str | None:
+        return Recipe.from_json({"passes": ["quantize.rtn"], **more}, find).score
+
+    gate = {"metric": "anls", "max_drop": 0.01}
+    assert score() is None and score(calibration={"score": "vqa"}) == "vqa" and score(gate=gate) == "anls"
+    assert score(calibration={"score": "anls"}, gate=gate) == "anls"
+    with pytest.raises(RecipeError, match="a run measures one score"):
+        score(calibration={"score": "vqa"}, gate=gate)
+    with pytest.raises(RecipeError, match="did you mean 'relaxed'"):
+        score(calibration={"score": "relax"})

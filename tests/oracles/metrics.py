@@ -57,3 +57,30 @@ def bootstrap(before: list[bool], after: list[bool], clusters: list[str], resamp
         drawn = [d for name in draw.choices(names, k=len(names)) for d in groups[name]]
         means.append(sum(drawn) / len(drawn))
     return sorted(means)
+
+
+def left_out(said: str, people: list[str]) -> Fraction:
+    """VQA soft accuracy by leaving out one of the people after the other; texts are equal or not."""
+    total = Fraction(0)
+    for i in range(len(people)):
+        others = people[:i] + people[i + 1 :]
+        total += min(Fraction(sum(other == said for other in others), 3), Fraction(1))
+    return total / len(people)
+
+
+def edits(a: str, b: str) -> int:
+    """Edit distance by trying everything."""
+    if not a or not b:
+        return len(a) + len(b)
+    return min(edits(a[1:], b) + 1, edits(a, b[1:]) + 1, edits(a[1:], b[1:]) + (a[0] != b[0]))
+
+
+def calibration_error(confidence: list[float], right: list[bool], bins: int) -> float:
+    """Expected calibration error by sorting answers into bins one after the other."""
+    total = 0.0
+    for m in range(bins):
+        inside = [i for i, c in enumerate(confidence) if m / bins < c <= (m + 1) / bins or (m == 0 and c == 0)]
+        if inside:
+            gap = sum(right[i] for i in inside) / len(inside) - sum(confidence[i] for i in inside) / len(inside)
+            total += len(inside) / len(confidence) * abs(gap)
+    return total

@@ -1,0 +1,142 @@
+"""Asking a model: how probable it finds the right answers, what it answers by itself, and how sure of that it is.
+
+The model is in evaluation mode (`compress.base.evaluating`); its batches are made by `encoder`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList
+from transformers.generation import GenerationMixin
+
+from ..compress.anatomy import ModelView
+from ..compress.base import Progress
+from ..compress.errors import WorkFailed
+from .encode import Encoder
+from .metrics.divergence import log_probabilities
+from .sample import Sample
+
+LOGIT_BYTES = 1 << 30  # logits of one forward; batches with more are split
+
+
+def scored(view: ModelView, encoder: Encoder, samples: Sequence[Sample]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Log-probabilities [answer tokens, vocabulary] and reference tokens of each sample, teacher-forced.
+
+    Raises:
+        WorkFailed: logits that are not finite; names the sample.
+    """
+    batch = _on(view, encoder.encode(samples))
+    labels = batch["labels"]
+    vocabulary = view.model.config.get_text_config(decoder=True).vocab_size
+    most = max(1, LOGIT_BYTES // (4 * labels.shape[1] * vocabulary))
+    if most < len(samples):
+        for start in range(0, len(samples), most):
+            yield from scored(view, encoder, samples[start : start + most])
+        return
+    # with labels: they tell prompt from answer to prefix-LM masks, and to passes that look at the prompt
+    logits = view.model(**batch).logits
+    if not view.family.seq2seq:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    for sample, row, target in zip(samples, logits, labels):
+        marked = target != -100
+        log_p = log_probabilities(row[marked]).cpu()
+        if not torch.isfinite(log_p).all():
+            raise WorkFailed(
+                "the model's logits are not finite",
+                where=f"sample {sample.id}: {sample.question}",
+                found=f"{int((~torch.isfinite(log_p)).sum())} of {log_p.numel()} log-probabilities",
+                change="milder settings for the last pass; in 16 bits, more range",
+            )
+        yield log_p, target[marked].cpu()
+
+
+def of_target(log_p: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """The log-probabilities of the tokens `target` [tokens] among `log_p` [tokens, vocabulary]."""
+    return log_p.gather(-1, target[:, None]).squeeze(-1)
+
+
+@dataclass(frozen=True)
+class Said:
+    """A model's answers to the same questions in the same order, and the probability that it gives each."""
+
+    texts: list[str]
+    confidence: list[float]
+
+
+def answers(
+    view: ModelView,
+    encoder: Encoder,
+    samples: Sequence[Sample],
+    tokens: int,
+    batch_size: int,
+    progress: Progress | None = None,
+) -> Said:
+    """Greedy answers of up to `tokens` tokens; `progress` gets a step for every batch.
+
+    The confidence of an answer is its probability under the model: the product, over its tokens and the one that ends
+    it, of what `generate` chose them by. It is read while the answer is made, at no forward of its own.
+    """
+    order = by_length(samples)
+    said = Said([""] * len(samples), [0.0] * len(samples))
+    for start in range(0, len(order), batch_size):
+        part = order[start : start + batch_size]
+        for i, text, sure in zip(part, *_greedy(view, encoder, [samples[i] for i in part], tokens)):
+            said.texts[i], said.confidence[i] = text, sure
+        if progress is not None:
+            progress.step()
+    return said
+
+
+def by_length(samples: Sequence[Sample], more: Callable[[Sample], int] = lambda s: 0) -> list[int]:
+    """The places of the samples by number of pictures and length, so that a batch needs little padding."""
+    keys = [(len(s.images), len(json.dumps(s.conversation)) + more(s), i) for i, s in enumerate(samples)]
+    return [i for *_, i in sorted(keys)]
+
+
+def _greedy(view: ModelView, encoder: Encoder, samples: Sequence[Sample], tokens: int) -> tuple[list[str], list[float]]:
+    """Answers and confidences of one batch; a model whose own settings ask for beams is asked greedily all the same."""
+    inputs = _on(view, encoder.prompts(samples))
+    sure = _Sure()
+    greedy = {"do_sample": False, "num_beams": 1, "max_new_tokens": tokens}
+    made = view.model.generate(**inputs, **greedy, logits_processor=LogitsProcessorList([sure]))
+    new = made[:, made.shape[1] - len(sure.steps) :]
+    last = torch.zeros_like(new, dtype=torch.bool)
+    for token in _closing(view.model):
+        last |= new == token
+    before = last.cumsum(1) - last.long()  # how many ends came before: what follows the first is padding
+    logs = torch.stack(sure.steps, 1).masked_fill(before > 0, 0.0).double().sum(1)
+    return encoder.decode(new), [math.exp(min(value, 0.0)) for value in logs.tolist()]
+
+
+class _Sure(LogitsProcessor):
+    """Notes the log-probability of the most probable token at each step [batch]; changes nothing.
+
+    `generate` puts it behind its own processors, so it sees what the token is chosen by.
+    """
+
+    def __init__(self) -> None:
+        self.steps: list[torch.Tensor] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        raw = scores.float()
+        self.steps.append(raw.amax(-1) - raw.logsumexp(-1))
+        return scores
+
+
+def _closing(model: torch.nn.Module) -> set[int]:
+    """Every token that ends an answer, as the model says or the part of it that generates."""
+    found: set[int] = set()
+    for part in model.modules():
+        if isinstance(part, GenerationMixin) and part.generation_config is not None:
+            ends = part.generation_config.eos_token_id
+            found.update(ends if isinstance(ends, list) else [] if ends is None else [ends])
+    return found
+
+
+def _on(view: ModelView, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {k: v.to(view.model.device) for k, v in batch.items()}
