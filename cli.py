@@ -226,17 +226,19 @@ def compress(
 @click.option("--against", required=True, metavar="MODEL", help="The original.")
 @data_option
 @gate_option
+@click.option("--attribute", is_flag=True, help="Which part lost it: parts of the original are put back one by one.")
 @anatomy_option
 @speed
 @printing
 def verify(
-    out: Path, against: str, data: str | None, gate: str | None, anatomy: Path | None, batch_size: int, as_json: bool
+    out: Path, against: str, data: str | None, gate: str | None, attribute: bool, anatomy: Path | None,
+    batch_size: int, as_json: bool,
 ) -> int:  # fmt: skip
     """Compare OUT with the original from disk: the paired difference on the check split.
 
     \b
     Examples:
-      svlm verify runs/demo --against demo
+      svlm verify runs/demo --against demo --attribute
       svlm verify runs/int4 --against ./my-vlm -d questions.jsonl --gate "exact_match max_drop=0.02"
     """
     from .compress.gate import Gate
@@ -247,8 +249,11 @@ def verify(
     from .compress.report.terminal import progress
     from .passes.api import verify as compare
 
+    asked = ["attribution"] if attribute else []
     with progress() as told:
-        result = compare(out, against, samples, gate=limit, batch_size=batch_size, progress=told, rows=_rows(anatomy))
+        result = compare(
+            out, against, samples, gate=limit, batch_size=batch_size, progress=told, rows=_rows(anatomy), analyses=asked
+        )
     _print_json(result) if as_json else print_comparison(result)
     return 0 if result["passed"] else 1
 

@@ -145,8 +145,11 @@ class Judge:
 
     # -- measuring -----------------------------------------------------------------------------------------------------
 
-    def measure(self, view: ModelView, progress: Progress | None = None) -> Measurement:
+    def measure(self, view: ModelView, progress: Progress | None = None, *, answering: bool = True) -> Measurement:
         """Quality of `view` against the original. The same model measured twice gives the same figures.
+
+        Args:
+            answering: whether it is asked for answers; if not, the original's stand in for them, which takes less time.
 
         Raises:
             WorkFailed: logits that are not finite; the first sample that has such is named.
@@ -158,9 +161,12 @@ class Judge:
         def compare(i: int, log_q: torch.Tensor, chosen: torch.Tensor) -> None:
             distances[i] = (*reference.against(i, log_q), chosen)
 
-        after = self._ask(view, self._shown, told, "measuring", compare)
+        after = self._ask(view, self._shown, told, "measuring", compare, None if answering else reference.answers)
         distance, same, chosen = (torch.cat(rows) for rows in zip(*distances))
-        return self._compare(reference.answers, after, distance, same, chosen)
+        made = self._compare(reference.answers, after, distance, same, chosen)
+        for item, (apart, *_) in zip(made.items, distances):
+            item |= {"kl": float(apart.double().mean()), "tokens": len(apart)}
+        return made
 
     def _compare(
         self, before: list[str], after: list[str], distance: torch.Tensor, same: torch.Tensor, chosen: torch.Tensor
