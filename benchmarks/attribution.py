@@ -5,7 +5,8 @@
 Vision tower, connector and language model are rounded to 4 bits, so that each has lost something; one is damaged on top
 of it: the vision tower is rounded to 2 bits instead, or noise as large as its weights is added to the connector, or all
 weights of one block of the language model are zero. Each run has its own questions, noise and block. It is right if the
-part that is named is the damaged one (and, for the block, if that block is named too). Results are kept as they come; --resume goes on.
+part that is named is the damaged one (and, for the block, if that block is named too). Results are kept as they come;
+--resume goes on.
 """
 
 from __future__ import annotations

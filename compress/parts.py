@@ -218,8 +218,12 @@ class Parts:
             if "language" in parts:
                 _carry(self._mine[self.small.decoder_path], self._theirs[self.small.decoder_path])
             if "vision" in parts and reduction.watch is not None:
+                read = reduction.watch.reader
+                hooks = self._mine[read.path]._forward_pre_hooks
+                for key in [key for key, hook in hooks.items() if owner(hook) is reduction.watch]:
+                    del hooks[key]
                 stack = [unit for unit in self.original.parts["vision"] if unit.stack is not None]
-                reduction.watch = Watch(Reader.of(self.original.tower_path, stack, reduction.watch.reader.cells))
+                reduction.watch = Watch(Reader.of(self.original.tower_path, stack, read.cells))
                 reduction.watch.install(model)
         if "cache" in parts:
             kv_cache.remove(model)
