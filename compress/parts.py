@@ -242,19 +242,21 @@ class Parts:
         """What the modules around a part are told of it, numbers of layers above all, is what the original's are."""
         for path in self._shell:
             mine, theirs = (vars(modules[path]) for modules in (self._mine, self._theirs))
-            config = mine.get("config")
-            if type(config) is kind:
+            if mine.get("config") is None:
+                continue
+            settings: dict[str, Any] = vars(mine["config"])
+            if type(mine["config"]) is kind:
                 mine["config"] = theirs["config"]
                 continue
-            for key, sub in vars(config).items() if config is not None else ():
-                if type(sub) is kind or (part == "vision" and key in STATES):
-                    vars(config)[key] = vars(theirs["config"])[key]
+            for key, value in settings.items():
+                if type(value) is kind or (part == "vision" and key in STATES):
+                    settings[key] = vars(theirs["config"])[key]
 
     def _count(self) -> None:
         """What the modules around the parts count, pictures' patches and tokens, is what the original's count."""
         for path in self._shell:
             mine, theirs = (vars(modules[path]) for modules in (self._mine, self._theirs))
-            pairs = [(mine, theirs)]
+            pairs: list[tuple[dict[str, Any], dict[str, Any]]] = [(mine, theirs)]
             if mine.get("config") is not None:
                 pairs.append((vars(mine["config"]), vars(theirs["config"])))
             for old, new in pairs:

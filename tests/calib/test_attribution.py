@@ -21,11 +21,12 @@ from svlm.compress.report.attribution import block_cells, part_cells, print_attr
 from svlm.passes import api
 
 QUESTIONS = 8
+LITTLE = 0.01
 
 
 @pytest.fixture(scope="module")
 def bench() -> Workbench:
-    return Workbench(svlm.load_view("demo"), CalibrationSet.load("demo", fit=2, check=QUESTIONS + 4), latency=False)
+    return Workbench(svlm.load_view("demo"), CalibrationSet.load("demo", fit=2, check=QUESTIONS), latency=False)
 
 
 def noised(view: ModelView, where: str, amount: float, seed: int = 0) -> None:
@@ -40,8 +41,8 @@ def noised(view: ModelView, where: str, amount: float, seed: int = 0) -> None:
 def damaged() -> ModelView:
     """A little lost in the vision tower and the connector, much in one block of the language model."""
     view = svlm.load_view("demo")
-    noised(view, "vision", 0.05)
-    noised(view, "connector", 0.05)
+    noised(view, "vision", LITTLE)
+    noised(view, "connector", LITTLE)
     with torch.no_grad():
         for ref in view.linears("language.blocks[1]"):
             ref.module.weight.zero_()
@@ -51,7 +52,7 @@ def damaged() -> ModelView:
 @pytest.fixture(scope="module")
 def found(bench: Workbench, damaged: ModelView) -> dict[str, Any]:
     before = {name: tensor.clone() for name, tensor in damaged.model.state_dict().items()}
-    made = attribute(bench, damaged, questions=QUESTIONS)
+    made = attribute(bench, damaged)
     after = damaged.model.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(after[name], t) for name, t in before.items())
     return made
@@ -77,13 +78,11 @@ def test_a_zeroed_block_and_its_part_are_named(found: dict[str, Any]) -> None:
 def test_what_comes_back_is_what_measuring_by_hand_gives(bench: Workbench, damaged: ModelView, found: Any) -> None:
     """The original with the damaged vision tower and connector is the small model with its language model restored."""
     by_hand = svlm.load_view("demo")
-    noised(by_hand, "vision", 0.05)
-    noised(by_hand, "connector", 0.05)
-    few = Workbench(bench.original, CalibrationSet.load("demo", fit=2, check=QUESTIONS + 4), latency=False)
-    few.data.check[QUESTIONS:] = []
-    quality, items = few.measure(by_hand)
+    noised(by_hand, "vision", LITTLE)
+    noised(by_hand, "connector", LITTLE)
+    quality, items = bench.measure(by_hand)
     restored = row(found, "language")["restored"]
-    _, before = few.measure(damaged)
+    _, before = bench.measure(damaged)
     assert restored["kl"] == pytest.approx(quality["kl"], rel=1e-6)
     assert restored["share"] == pytest.approx(1 - quality["kl"] / found["loss"]["kl"], rel=1e-6)
     assert restored["exact_match"] == {"value": quality["exact_match"]["value"]} | compared(before, items)
@@ -93,10 +92,8 @@ def test_what_comes_back_is_what_measuring_by_hand_gives(bench: Workbench, damag
 
 def test_what_a_part_costs_alone(bench: Workbench, found: dict[str, Any]) -> None:
     alone = svlm.load_view("demo")
-    noised(alone, "vision", 0.05)
-    few = Workbench(bench.original, CalibrationSet.load("demo", fit=2, check=QUESTIONS + 4), latency=False)
-    few.data.check[QUESTIONS:] = []
-    quality, _ = few.measure(alone)
+    noised(alone, "vision", LITTLE)
+    quality, _ = bench.measure(alone)
     vision = row(found, "vision")["alone"]
     assert vision["kl"] == pytest.approx(quality["kl"], rel=1e-5)
     assert vision["exact_match"]["delta"] == quality["exact_match"]["delta"]
@@ -130,8 +127,35 @@ def test_a_part_that_does_not_run_is_said_not_raised(bench: Workbench, damaged: 
 
 def test_the_original_itself_lost_nothing(bench: Workbench) -> None:
     made = attribute(bench, svlm.load_view("demo"), questions=4)
+    assert made["questions"] == 4 and made["images"] == 1
     assert made["named"] is None and made["loss"]["kl"] == 0
     assert made["says"][0].startswith("nothing was lost") and all(row["unchanged"] for row in made["parts"])
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "named", "remark"),
+    [
+        ("tokens.resolution", {"keep": 0.3}, "pictures + vision + connector", "tables of positions"),
+        pytest.param("prune.vocabulary", {}, None, "tokens that both models have", marks=pytest.mark.slow),
+        pytest.param("tokens.grid", {"keep": 0.2}, "tokens", "", marks=pytest.mark.slow),
+        pytest.param("fuse.prefuse", {}, "tokens", "", marks=pytest.mark.slow),
+        pytest.param("prune.layers", {"criterion": "random"}, "language", "", marks=pytest.mark.slow),
+    ],
+)
+def test_what_is_no_weight_is_a_part_too(
+    bench: Workbench, name: str, settings: dict[str, Any], named: str | None, remark: str
+) -> None:
+    view = svlm.load_view("demo")
+    svlm.apply_pass(svlm.find(name).from_settings(settings), view, bench.context(view))
+    made = attribute(bench, view)
+    changed = [row["part"] for row in made["parts"] if not row["unchanged"]]
+    if named is None:
+        assert not changed and made["loss"]["kl"] == pytest.approx(0, abs=1e-6)
+    else:
+        assert made["named"] == named and changed == [named]
+        assert row(made, named.split(" + ")[0])["restored"]["kl"] == 0
+        assert made["says"][0].startswith("all of it was lost in")
+    assert remark in " ".join(made["says"])
 
 
 def trial(losses: list[float]) -> _Trial:
@@ -174,7 +198,7 @@ def test_parts_that_do_not_add_up_are_said_to(bench: Workbench) -> None:
         assert all("do not add up" in remark for remark in remarks)
         return bool(remarks)
 
-    assert said(0.3, 1.7, 0.05) and said(1.0, 0.6, 0.05)
+    assert said(0.3, 1.7, LITTLE) and said(1.0, 0.6, LITTLE)
     assert not said(0.95, 1.05, 0.01), "small differences are nothing to speak of"
     assert not said(0.7, 1.0, 0.4), "nor are those that chance explains"
 
