@@ -210,8 +210,9 @@ class Parts:
             for (path, slots, key), tensor in self._bare(self._theirs).items():
                 vars(self._mine[path])[slots][key] = tensor
         for part, path in (("vision", self.small.tower_path), ("language", self.small.decoder_path)):
-            if part in parts:
-                self._configure(part, type(vars(self._theirs[path]).get("config")))
+            config = self._theirs[path].__dict__.get("config")
+            if part in parts and config is not None:
+                self._configure(part, type(config))
         if "pictures" in parts:
             self._count()
         if reduction is not None and "tokens" not in parts:
@@ -241,7 +242,7 @@ class Parts:
     def _configure(self, part: str, kind: type) -> None:
         """What the modules around a part are told of it, numbers of layers above all, is what the original's are."""
         for path in self._shell:
-            mine, theirs = (vars(modules[path]) for modules in (self._mine, self._theirs))
+            mine, theirs = (modules[path].__dict__ for modules in (self._mine, self._theirs))
             if mine.get("config") is None:
                 continue
             settings: dict[str, Any] = vars(mine["config"])
@@ -255,7 +256,7 @@ class Parts:
     def _count(self) -> None:
         """What the modules around the parts count, pictures' patches and tokens, is what the original's count."""
         for path in self._shell:
-            mine, theirs = (vars(modules[path]) for modules in (self._mine, self._theirs))
+            mine, theirs = (modules[path].__dict__ for modules in (self._mine, self._theirs))
             pairs: list[tuple[dict[str, Any], dict[str, Any]]] = [(mine, theirs)]
             if mine.get("config") is not None:
                 pairs.append((vars(mine["config"]), vars(theirs["config"])))
