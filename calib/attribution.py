@@ -26,6 +26,8 @@ from ..compress.anatomy import ModelView, Unit
 from ..compress.base import Json, Progress, Silent, evaluating
 from ..compress.errors import SvlmError
 from ..compress.parts import Group, Parts
+from ..compress.report.attribution import share
+from ..compress.report.rows import points
 from ..compress.runtime.reduce import installed
 from .judge import Judge, compared
 from .metrics.shares import interval, resampled_shares
@@ -94,9 +96,9 @@ def attribute(
     sums = {kind: trial.sum_of([row[kind] for row in rows if kind in row]) for kind in ("restored", "alone")}
     made |= {"parts": rows, "blocks": blocks, "sums": sums, "named": named, "named_block": inside}
     made["says"] = [*says, *more, *_remarks(rows, sums, small, judge.original, loss)]
-    for row in (*rows, *(row for found in blocks.values() for row in found)):
-        for kind in ("restored", "alone"):
-            row.get(kind, row).pop("sums", None)
+    sides = [row[kind] for row in rows for kind in ("restored", "alone") if kind in row]
+    for facts in (*sides, *(row for found in blocks.values() for row in found)):
+        facts.pop("sums", None)  # of each question: no more than intervals are made of
     return made
 
 
@@ -160,8 +162,8 @@ class _Trial:
         sums = _sums(items)
         sums = [a - b for a, b in zip(self.whole, sums)] if back else sums
         kl = sum(_sums(items)) / sum(item["tokens"] for item in items)
-        share = sum(sums) / sum(self.whole)
-        return {"kl": kl, "share": share, "ci95": interval(self.draws([sums])[:, 0]), "sums": sums}
+        part = sum(sums) / sum(self.whole)
+        return {"kl": kl, "share": part, "ci95": interval(self.draws([sums])[:, 0]), "sums": sums}
 
     def draws(self, parts: Sequence[Sequence[float]]) -> np.ndarray:
         return resampled_shares(self.whole, parts, self.images)
@@ -267,11 +269,6 @@ def _called(row: Mapping[str, Json]) -> str:
     return f"{', '.join(most)} and {last}" if most else last
 
 
-def told_share(fact: Mapping[str, Json]) -> str:
-    """``87 % [80, 92]``."""
-    return f"{100 * fact['share']:.0f} % [{100 * fact['ci95'][0]:.0f}, {100 * fact['ci95'][1]:.0f}]"
-
-
 def _verdict(rows: Sequence[dict[str, Json]], trial: _Trial) -> tuple[str | None, list[str]]:
     """The part that lost most, if there is one, and a sentence."""
     measured = sorted((row for row in rows if "restored" in row), key=lambda row: -row["restored"]["share"])
@@ -280,11 +277,14 @@ def _verdict(rows: Sequence[dict[str, Json]], trial: _Trial) -> tuple[str | None
     if not measured:
         return None, ["no part could be put back alone"]
     best, *others = measured
-    back = f"restoring it brings back {told_share(best['restored'])} of the KL"
+    match = best["restored"]["exact_match"]
+    low, high = map(points, match["ci95"])
+    back = f"restoring it brings back {share(best['restored'])} of the KL"
+    back += f", and {points(match['delta'])} points [{low}, {high}] of exact match"
     if best["restored"]["share"] > MOST and trial.leads(best["restored"], [row["restored"] for row in others]):
         every = "all" if best["restored"]["kl"] == 0 else "most"
         return best["part"], [f"{every} of it was lost in {_called(best)}: {back}"]
-    listed = "; ".join(f"{_called(row)} {told_share(row['restored'])}" for row in measured[:3])
+    listed = "; ".join(f"{_called(row)} {share(row['restored'])}" for row in measured[:3])
     return None, [f"no single part: what restoring one alone brings back of the KL is {listed}"]
 
 
@@ -298,8 +298,8 @@ def _inside(
         return None, []
     best, *others = measured
     if best["share"] > MOST and trial.leads(best, others):
-        return best["block"], [f"inside it, in {best['block']}: that alone brings back {told_share(best)}"]
-    listed = ", ".join(f"{row['block']} {told_share(row)}" for row in measured[:3])
+        return best["block"], [f"inside it, in {best['block']}: that alone brings back {share(best)}"]
+    listed = ", ".join(f"{row['block']} {share(row)}" for row in measured[:3])
     return None, [f"inside it no single block: the first are {listed}"]
 
 
@@ -319,8 +319,8 @@ def _remarks(
     ]
     if off and all(sums.values()):
         said.append(
-            f"the parts do not add up: one by one they bring back {told_share(sums['restored'])} of the KL in all, and "
-            f"each alone in the original they cost {told_share(sums['alone'])} of it: the rest is in how they act on "
+            f"the parts do not add up: one by one they bring back {share(sums['restored'])} of the KL in all, and "
+            f"each alone in the original they cost {share(sums['alone'])} of it: the rest is in how they act on "
             "each other"
         )
     said += [f"{_called(row)} are taken together: {'; '.join(row['together'])}" for row in rows if row["together"]]

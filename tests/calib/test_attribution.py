@@ -162,7 +162,9 @@ def trial(losses: list[float]) -> _Trial:
 
 def parts_row(part: str, sums: list[float], whole: list[float]) -> dict[str, Any]:
     share = sum(sums) / sum(whole)
-    return {"part": part, "parts": [part], "restored": {"share": share, "kl": 1.0, "ci95": [0.0, 1.0], "sums": sums}}
+    match = {"delta": 0.25, "ci95": [0.125, 0.5]}
+    facts = {"share": share, "kl": 1.0, "ci95": [0.0, 1.0], "sums": sums, "exact_match": match}
+    return {"part": part, "parts": [part], "restored": facts}
 
 
 def test_no_single_part_where_none_brings_back_most_or_two_bring_back_as_much() -> None:
@@ -176,6 +178,7 @@ def test_no_single_part_where_none_brings_back_most_or_two_bring_back_as_much() 
         ]
         named, (sentence,) = _verdict(rows, trial(whole))
         assert sentence.startswith("most of it was lost" if named else "no single part")
+        assert sentence.endswith("+25.0 points [+12.5, +50.0] of exact match") is (named is not None)
         return named
 
     assert verdict(0.9, 0.1, 0.1) == "vision"
