@@ -202,8 +202,8 @@ class _Trial:
                 row |= self._block((), [(here, there)])
             rows.append(row)
             told.step(note=here.name)
-        rest = "what is no block" + (f", and the blocks taken out ({', '.join(gone)})" if gone else "")
-        rows.append({"block": f"{part}: {rest}"} | self._block(group, pairs))
+        rest = (f"{', '.join(gone)} (taken out) and " if gone else "") + "what is no block"
+        rows.append({"block": rest} | self._block(group, pairs))
         told.done()
         return rows
 
