@@ -63,11 +63,7 @@ def run(cause: str, seed: int, questions: int) -> dict[str, Any]:
     made = attribute(bench, small, questions=questions)
     right = made["named"] == CAUSES[cause] and (not where.endswith("]") or made["named_block"] == where)
     shares = {
-        row["part"]: {
-            "share": row["restored"]["share"],
-            "ci95": row["restored"]["ci95"],
-            "alone": row["alone"]["share"],
-        }
+        row["part"]: {key: row["restored"][key] for key in ("share", "ci95")} | {"alone": row["alone"]["share"]}
         for row in made["parts"]
         if "restored" in row
     }
@@ -81,7 +77,6 @@ def run(cause: str, seed: int, questions: int) -> dict[str, Any]:
         "kl": made["loss"]["kl"],
         "exact_match": made["loss"]["exact_match"]["delta"],
         "parts": shares,
-        "says": made["says"],
         "seconds": time.perf_counter() - began,
     }
 
