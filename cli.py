@@ -223,17 +223,18 @@ def compress(
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--against", required=True, metavar="MODEL", help="The original.")
 @comparing
+@click.option("--attribute", is_flag=True, help="Which part lost it: parts of the original are put back one by one.")
 @speed
 @printing
 def verify(
-    out: Path, against: str, data: str | None, gate: str | None, score: str | None, anatomy: Path | None,
-    batch_size: int, as_json: bool,
+    out: Path, against: str, data: str | None, gate: str | None, score: str | None, attribute: bool,
+    anatomy: Path | None, batch_size: int, as_json: bool,
 ) -> int:  # fmt: skip
     """Compare OUT with the original from disk: the paired difference on the check split.
 
     \b
     Examples:
-      svlm verify runs/demo --against demo
+      svlm verify runs/demo --against demo --attribute
       svlm verify runs/int4 --against ./my-vlm -d questions.jsonl --gate "exact_match max_drop=0.02"
       svlm verify runs/int4 --against ./my-vlm -d docvqa.jsonl --score anls
     """
@@ -245,8 +246,9 @@ def verify(
     from .compress.report.terminal import progress
     from .passes.api import verify as compare
 
+    asked = ["attribution"] if attribute else []
     with progress() as told:
-        options: Any = {"batch_size": batch_size, "progress": told, "rows": _rows(anatomy)}
+        options: Any = {"batch_size": batch_size, "progress": told, "rows": _rows(anatomy), "analyses": asked}
         result = compare(out, against, samples, gate=limit, score=score, **options)
     _print_json(result) if as_json else print_comparison(result)
     return 0 if result["passed"] else 1

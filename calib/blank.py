@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from ..compress.anatomy import ModelView
-from ..compress.base import Json, Progress
+from ..compress.base import Json, Progress, evaluating
 from .asking import by_length, of_target, scored
 from .encode import Encoder
 from .metrics.divergence import perplexity
@@ -52,9 +52,12 @@ class Blank:
     def ask(self, view: ModelView, encoder: Encoder, progress: Progress) -> torch.Tensor:
         """Log-probabilities of the right answers' tokens [tokens]; `progress` gets a step for every batch."""
         rows: list[torch.Tensor] = []
-        for part in self.batches:
-            rows += [of_target(*row) for row in scored(view, encoder, [self.samples[i] for i in part])]
-            progress.step()
+        progress.start("asking about blank pictures", len(self.batches))
+        with evaluating(view.model):
+            for part in self.batches:
+                rows += [of_target(*row) for row in scored(view, encoder, [self.samples[i] for i in part])]
+                progress.step()
+        progress.done()
         return torch.cat(rows) if rows else torch.empty(0)
 
     def compare(

@@ -169,8 +169,11 @@ class Judge:
 
     # -- measuring -----------------------------------------------------------------------------------------------------
 
-    def measure(self, view: ModelView, progress: Progress | None = None) -> Measurement:
+    def measure(self, view: ModelView, progress: Progress | None = None, *, answering: bool = True) -> Measurement:
         """Quality of `view` against the original. The same model measured twice gives the same figures.
+
+        Args:
+            answering: whether it is asked for answers; if not, the original's stand in for them, which takes less time.
 
         Raises:
             WorkFailed: logits that are not finite; the first sample that has such is named.
@@ -182,12 +185,17 @@ class Judge:
         def compare(i: int, log_q: torch.Tensor, chosen: torch.Tensor) -> None:
             distances[i] = (*reference.against(i, log_q), chosen)
 
-        after, blind = self._ask(view, self._shown, told, "measuring", compare)
+        known = None if answering else reference.said
+        after = self._ask(view, self._shown, told, "measuring", compare, known)
         *columns, seeing = zip(*distances)
         distance, same, chosen = (torch.cat(rows) for rows in (*columns, seeing))
-        measurement = self._compare(reference.said, after, distance, same, chosen)
-        measurement.quality["blank"] = self.blank.compare(blind, seeing, reference.blind, reference.by_sample)
-        return measurement
+        made = self._compare(reference.said, after, distance, same, chosen)
+        if answering:
+            blind = self.blank.ask(view, self._shown, told)
+            made.quality["blank"] = self.blank.compare(blind, seeing, reference.blind, reference.by_sample)
+        for item, (apart, *_) in zip(made.items, distances):
+            item |= {"kl": float(apart.double().mean()), "tokens": len(apart)}
+        return made
 
     def _compare(
         self, before: Said, after: Said, distance: torch.Tensor, same: torch.Tensor, chosen: torch.Tensor
@@ -244,26 +252,25 @@ class Judge:
         what: str,
         tell: Callable[[int, torch.Tensor, torch.Tensor], None],
         said: Said | None = None,
-    ) -> tuple[Said, torch.Tensor]:
-        """Greedy answers to the check split, and what `Blank.ask` gives.
+    ) -> Said:
+        """Greedy answers to the check split.
 
         Calls `tell(sample, log-probabilities, those of the reference)`. Where it is known what the model `said`, it is
         not asked for that.
         """
         order = by_length(self.samples, lambda s: len(s.answers[0]))
         batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
-        progress.start(what, len(batches) * (2 if said is None else 1) + len(self.blank.batches))
+        progress.start(what, len(batches) * (2 if said is None else 1))
         with evaluating(view.model):
             for part in batches:
                 rows = scored(view, encoder, [self.samples[i] for i in part])
                 for i, (log_p, target) in zip(part, rows):
                     tell(i, log_p, of_target(log_p, target))
                 progress.step()
-            blind = self.blank.ask(view, encoder, progress)
             if said is None:
                 said = answers(view, encoder, self.samples, self._new_tokens, self.batch_size, progress)
         progress.done()
-        return said, blind
+        return said
 
     @cached_property
     def _new_tokens(self) -> int:
@@ -296,7 +303,8 @@ class Judge:
                 rows[:] = [row and shorten(row[0], TOP) for row in rows]
 
         known = self.first.reference(progress).said if self.first is not None else None
-        said, blind = self._ask(self.original, self.encoder, progress, "asking the original", keep, known)
+        said = self._ask(self.original, self.encoder, progress, "asking the original", keep, known)
+        blind = self.blank.ask(self.original, self.encoder, progress)
         values, *more = (torch.cat(column) for column in zip(*rows))
         counts, sure = torch.tensor([len(c) for c in chosen]), torch.tensor(said.confidence, dtype=torch.float64)
         reference = Reference(said.texts, values, torch.cat(chosen), counts, sure, blind, *more)

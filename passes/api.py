@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..calib.attribution import attribute
 from ..calib.dataset import CalibrationSet
 from ..calib.workbench import Workbench
 from ..compress import __version__, disk, storage
@@ -32,6 +33,7 @@ from ..recipes import SHIPPED
 from . import find
 
 RUNTIMES = ("torch", "openvino")
+ANALYSES: dict[str, Callable[..., dict[str, Json]]] = {"attribution": attribute}
 
 
 def load_view(
@@ -242,12 +244,19 @@ def verify(
     seed: int | None = None,
     score: str | None = None,
     rows: Sequence[Family] = (),
+    analyses: Sequence[str] = (),
 ) -> dict[str, Json]:
     """The paired comparison of a saved model with its original, from disk, on the check split that the run used.
 
     Counts, seed and score default to those of the run that made `out`, so that the figures are the report's; a gate on
     a score asks for that one.
+
+    Args:
+        analyses: of ``attribution`` (`calib/attribution.py`); what they find is under ``analysis``, by name.
     """
+    for name in analyses:
+        if name not in ANALYSES:
+            raise UsageError(f"no analysis '{name}'", change=did_you_mean(name, ANALYSES))
     made = read_report(out) if (Path(out) / "report.json").is_file() else {}
     c = made.get("recipe", {}).get("calibration", {})
     pick: dict[str, Any] = {
@@ -271,6 +280,7 @@ def verify(
         "gate": gate.to_json() if gate else None,
         "passed": passed,
         "says": says,
+        "analysis": {name: ANALYSES[name](bench, small, progress=progress) for name in analyses},
     }
 
 

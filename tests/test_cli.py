@@ -352,6 +352,34 @@ def test_verify_finds_the_figures_of_the_report(run: Run, finished: tuple[Path, 
         assert fact in text, fact
 
 
+def test_verify_prints_which_part_lost_it(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    match = {"value": 0.5, "reference": 1.0, "delta": 0.5, "ci95": [0.4, 0.6], "mcnemar_p": 0.1}
+    match |= {"right_to_wrong": 4, "wrong_to_right": 0}
+    fact = {"kl": 0.01, "share": 0.87, "ci95": [0.8, 0.92], "exact_match": match}
+    parts = [
+        {"part": "vision", "parts": ["vision"], "unchanged": False, "restored": fact, "alone": fact},
+        {"part": "language", "parts": ["language"], "unchanged": True},
+        {"part": "head", "parts": ["head"], "unchanged": False, "why": "it does not run"},
+    ]
+    blocks = {"vision": [{"block": "vision.blocks[0]", "kl": 0.02, "share": 0.5, "ci95": [0.4, 0.6]}]}
+    made = {"questions": 8, "images": 2, "loss": {"kl": 0.2, "exact_match": match}, "parts": parts, "blocks": blocks}
+    made["says"] = ["most of it was lost in the vision tower"]
+    asked: list[Any] = []
+
+    def verify(*_: Any, analyses: Any, **__: Any) -> dict[str, Any]:
+        asked.extend(analyses)
+        quality = {"exact_match": match, "kl": 0.2, "agreement": 0.5, "flips": 0.1}
+        return {"quality": quality, "gate": None, "passed": True, "analysis": {"attribution": made}}
+
+    monkeypatch.setattr("svlm.passes.api.verify", verify)
+    code, text, err = run("verify", tmp_path, "--against", "demo", "--attribute")
+    assert code == 0, err
+    assert asked == ["attribution"]
+    for words in ("87 % [80, 92]", "as in the original", "cannot be put back", "vision.blocks[0]", parts[0]["part"]):
+        assert words in text
+    assert text.rstrip().endswith("most of it was lost in the vision tower")
+
+
 def test_ask_answers(run: Run, finished: tuple[Path, int], tmp_path: Path) -> None:
     Image.new("RGB", (96, 96), (200, 30, 30)).save(tmp_path / "red.png")
     code, out, err = run("ask", finished[0], tmp_path / "red.png", "what colour is the background")

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from . import rows as r
+from .attribution import print_attribution
 from .facts import facts
 from .terminal import print_table
 
@@ -110,6 +111,8 @@ def print_comparison(result: Mapping[str, Any]) -> None:
         print(sentence)
     if result["gate"]:
         print(f"gate {'holds' if result['passed'] else 'FAILS'}: {result['says']}")
+    if "attribution" in result.get("analysis", {}):
+        print_attribution(result["analysis"]["attribution"])
 
 
 def print_kernels(facts: Mapping[str, Any]) -> None:

@@ -400,9 +400,9 @@ def test_logits_and_labels_meet_as_the_family_has_them(family: str) -> None:
 def test_progress_is_told(judge: Judge, worse: ModelView) -> None:
     told = SimpleNamespace(total=0, steps=0, ended=False)
     progress: Any = SimpleNamespace(
-        start=lambda what, total: setattr(told, "total", total),
+        start=lambda what, total: setattr(told, "total", told.total + total),
         step=lambda n=1, note="": setattr(told, "steps", told.steps + n),
-        done=lambda: setattr(told, "ended", True),
+        done=lambda: setattr(told, "ended", told.steps == told.total),
     )
     judge.measure(worse, progress)
     assert told.steps == told.total == 2 * 3 + 1 and told.ended
