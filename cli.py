@@ -23,11 +23,11 @@ from .compress.options import (
     Commands,
     PipeClosed,
     State,
-    anatomy_option,
     data_option,
     debug,
     gate_option,
     lazy_option,
+    lmms_option,
     loading,
     printing,
     speed,
@@ -226,11 +226,13 @@ def compress(
 @click.option("--against", required=True, metavar="MODEL", help="The original.")
 @data_option
 @gate_option
-@anatomy_option
+@lmms_option
+@loading
 @speed
 @printing
 def verify(
-    out: Path, against: str, data: str | None, gate: str | None, anatomy: Path | None, batch_size: int, as_json: bool
+    out: Path, against: str, data: str | None, gate: str | None, benchmarks: list[str], anatomy: Path | None,
+    trust_remote_code: bool, batch_size: int, as_json: bool,
 ) -> int:  # fmt: skip
     """Compare OUT with the original from disk: the paired difference on the check split.
 
@@ -238,17 +240,19 @@ def verify(
     Examples:
       svlm verify runs/demo --against demo
       svlm verify runs/int4 --against ./my-vlm -d questions.jsonl --gate "exact_match max_drop=0.02"
+      svlm verify runs/int4 --against ./my-vlm --lmms-eval pope,mme
     """
     from .compress.gate import Gate
 
     limit = None if gate is None else Gate.parse(gate)
-    samples = _data(data, against)
+    samples = None if benchmarks and data is None and gate is None else _data(data, against)
     from .compress.report.tables import print_comparison
     from .compress.report.terminal import progress
-    from .passes.api import verify as compare
+    from .passes.lmms import verify as compare
 
+    options: dict[str, Any] = {"batch_size": batch_size, "rows": _rows(anatomy), "trust_remote_code": trust_remote_code}
     with progress() as told:
-        result = compare(out, against, samples, gate=limit, batch_size=batch_size, progress=told, rows=_rows(anatomy))
+        result = compare(out, against, samples, benchmarks, gate=limit, progress=told, **options)
     _print_json(result) if as_json else print_comparison(result)
     return 0 if result["passed"] else 1
 

@@ -92,6 +92,10 @@ lazy_option = click.option(
     "--lazy/--eager", default=None, help="Weights read from a temporary file piece by piece, or all in memory. "
     "[default: lazy where they would take a quarter of the free memory]",
 )  # fmt: skip
+lmms_option = click.option(
+    "--lmms-eval", "benchmarks", metavar="NAMES", callback=lambda _, __, text: text.split(",") if text else [],
+    help="Benchmarks of lmms-eval by name, or task files: pope,mme,my-task.yaml. Without -d only these.",
+)  # fmt: skip
 trust_option = click.option("--trust-remote-code", is_flag=True, help="Run the Python code that a checkpoint brings.")
 threads_option = click.option(
     "--threads", type=click.IntRange(1), callback=_threads, expose_value=False, help="CPU threads."
