@@ -73,6 +73,10 @@ def _assignments(_: click.Context, __: click.Parameter, texts: tuple[str, ...]) 
     return found
 
 
+def _names(_: click.Context, __: click.Parameter, text: str | None) -> list[str]:
+    return [name.strip() for name in (text or "").split(",") if name.strip()]
+
+
 debug = click.option(
     "--debug", is_flag=True, expose_value=False, is_eager=True, callback=_debug, help="Show the traceback of an error."
 )
@@ -93,7 +97,7 @@ lazy_option = click.option(
     "[default: lazy where they would take a quarter of the free memory]",
 )  # fmt: skip
 lmms_option = click.option(
-    "--lmms-eval", "benchmarks", metavar="NAMES", callback=lambda _, __, text: text.split(",") if text else [],
+    "--lmms-eval", "benchmarks", metavar="NAMES", callback=_names,
     help="Benchmarks of lmms-eval by name, or task files: pope,mme,my-task.yaml. Without -d only these.",
 )  # fmt: skip
 trust_option = click.option("--trust-remote-code", is_flag=True, help="Run the Python code that a checkpoint brings.")

@@ -96,7 +96,8 @@ def prepare(names: Sequence[str], *, trust_remote_code: bool = False) -> list[Be
                 f"lmms-eval has no task {', '.join(unknown)}",
                 change=f"did you mean {' or '.join(close)}?" if close else "lmms-eval tasks list shows them all",
             )
-        found, lacking = [], []
+        found: list[Benchmark] = []
+        lacking: list[str] = []
         for name in names:
             try:
                 made = _file(name, manager, trust_remote_code) if name in files else _named(name, manager)
@@ -196,7 +197,7 @@ def run(
     if not folder.is_dir():
         raise OutputError("no such folder", where=str(out), change="give the OUT of an earlier 'svlm compress'")
     made: dict[str, Json] = {"version": version("lmms-eval"), "limit": limit, "tasks": {}}
-    options = {"rows": rows, "trust_remote_code": trust_remote_code}
+    options: dict[str, Any] = {"rows": rows, "trust_remote_code": trust_remote_code}
     views = [load_view(against, **options), load_view(out, **options)]
     prints = [storage.fingerprint(view) for view in views]
     with _quiet():
@@ -206,6 +207,7 @@ def run(
             firsts = [_first_items(one, model) for model in models]  # both, before hours are spent on one
             pair, configs = [], _configs(one)  # lmms-eval changes the configuration when it runs
             for model, first, weights, ending in zip(models, firsts, prints, (".original.json", ".json")):
+                model.asking = f"{one.name}, {'the original' if ending == '.original.json' else folder.name}"
                 told = [weights, first, made["version"], __version__, limit, batch_size, configs]
                 key = hashlib.sha256(json.dumps(told, default=str).encode()).hexdigest()
                 pair.append(_asked(one, model, folder / FOLDER / (one.name + ending), key, limit))

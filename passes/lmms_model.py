@@ -42,7 +42,7 @@ class SvlmChat(lmms):
 
     Attributes:
         pictures: (task, doc_id) -> what its pictures show, equal for equal pictures; filled while asking.
-        notes: sentences about what a task wanted and did not get.
+        notes: sentences about what a task wanted and did not get. asking: what the progress is called.
     """
 
     is_simple = False
@@ -72,13 +72,14 @@ class SvlmChat(lmms):
         self.progress = progress or Silent()
         self.pictures: dict[tuple[str, int], str] = {}
         self.notes: set[str] = set()
+        self.asking = "asking"
 
     # -- what lmms-eval calls ------------------------------------------------------------------------------------------
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """Greedy answers, cut at the task's stop strings."""
         texts = [""] * len(requests)
-        self.progress.start("asking", len(requests))
+        self.progress.start(self.asking, len(requests))
         with evaluating(self.view.model):
             for settings, indices in self._batches(requests):
                 samples = {i: self.sample(requests[i]) for i in indices}
@@ -97,7 +98,7 @@ class SvlmChat(lmms):
         own scoring cannot read.
         """
         losses = []
-        self.progress.start("weighing answers", len(requests))
+        self.progress.start(self.asking, len(requests))
         with evaluating(self.view.model):
             for request in requests:
                 batch = self.encoder.encode([self.sample(request, answered=True)])
@@ -126,7 +127,8 @@ class SvlmChat(lmms):
         """
         doc_id, task, split = request.args[-3:]
         doc = self.task_dict[task][split][doc_id]
-        messages, sources = [], []
+        messages: list[dict[str, Any]] = []
+        sources: list[ImageSource] = []
         for turn in self._messages(request, doc):
             parts = [{"type": "text", "text": turn["content"]}] if isinstance(turn["content"], str) else turn["content"]
             told: list[dict[str, str]] = []

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from yaml.constructor import ConstructorError
 
 from ..compress.errors import DataError, UsageError, did_you_mean
 
@@ -66,7 +67,7 @@ def read_task(path: Path) -> dict[str, Any]:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError("cannot read the task file", where=str(path), found=str(error)) from error
-    except yaml.constructor.ConstructorError as error:
+    except ConstructorError as error:
         raise UsageError(
             "the task file names Python code, which svlm does not run",
             where=f"{path}, line {error.problem_mark.line + 1 if error.problem_mark else '?'}",
