@@ -15,7 +15,12 @@ POWER = 1.959964 + 0.841621  # normal quantiles: two-sided 5 % level, 80 % power
 
 
 def paired_bootstrap(
-    before: Sequence[float], after: Sequence[float], clusters: Sequence[str], *, resamples: int = RESAMPLES, seed: int = 0
+    before: Sequence[float],
+    after: Sequence[float],
+    clusters: Sequence[str],
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
 ) -> tuple[float, float]:
     """The 95 % percentile interval of ``mean(after) - mean(before)``, resampling clusters (pictures).
 
