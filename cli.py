@@ -23,9 +23,11 @@ from .compress.options import (
     Commands,
     PipeClosed,
     State,
+    analysing,
     comparing,
     debug,
     lazy_option,
+    lmms_option,
     loading,
     printing,
     speed,
@@ -223,12 +225,14 @@ def compress(
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--against", required=True, metavar="MODEL", help="The original.")
 @comparing
-@click.option("--attribute", is_flag=True, help="Which part lost it: parts of the original are put back one by one.")
+@analysing
+@lmms_option
+@trust_option
 @speed
 @printing
 def verify(
-    out: Path, against: str, data: str | None, gate: str | None, score: str | None, attribute: bool,
-    anatomy: Path | None, batch_size: int, as_json: bool,
+    out: Path, against: str, data: str | None, gate: str | None, score: str | None, benchmarks: list[str],
+    anatomy: Path | None, as_json: bool, **asked: Any,
 ) -> int:  # fmt: skip
     """Compare OUT with the original from disk: the paired difference on the check split.
 
@@ -237,19 +241,20 @@ def verify(
       svlm verify runs/demo --against demo --attribute
       svlm verify runs/int4 --against ./my-vlm -d questions.jsonl --gate "exact_match max_drop=0.02"
       svlm verify runs/int4 --against ./my-vlm -d docvqa.jsonl --score anls
+      svlm verify runs/int4 --against ./my-vlm --lmms-eval pope,mme
     """
     from .compress.gate import Gate
 
     limit = None if gate is None else Gate.parse(gate)
-    samples = _data(data, against)
+    alone = benchmarks and not (data or gate or asked["analyses"])
+    samples = None if alone else _data(data, against)
     from .compress.report.tables import print_comparison
     from .compress.report.terminal import progress
-    from .passes.api import verify as compare
+    from .passes.lmms import verify as compare
 
-    asked = ["attribution"] if attribute else []
+    options: dict[str, Any] = {"score": score, "rows": _rows(anatomy), **asked}
     with progress() as told:
-        options: Any = {"batch_size": batch_size, "progress": told, "rows": _rows(anatomy), "analyses": asked}
-        result = compare(out, against, samples, gate=limit, score=score, **options)
+        result = compare(out, against, samples, benchmarks, gate=limit, progress=told, **options)
     _print_json(result) if as_json else print_comparison(result)
     return 0 if result["passed"] else 1
 

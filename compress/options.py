@@ -73,6 +73,15 @@ def _assignments(_: click.Context, __: click.Parameter, texts: tuple[str, ...]) 
     return found
 
 
+def _analysis(ctx: click.Context, option: click.Parameter, asked: bool) -> None:
+    """Each flag adds its name to the parameter `analyses`."""
+    ctx.params["analyses"] = (*ctx.params.get("analyses", ()), *([str(option.name)] if asked else []))
+
+
+def _names(_: click.Context, __: click.Parameter, text: str | None) -> list[str]:
+    return [name.strip() for name in (text or "").split(",") if name.strip()]
+
+
 debug = click.option(
     "--debug", is_flag=True, expose_value=False, is_eager=True, callback=_debug, help="Show the traceback of an error."
 )
@@ -95,6 +104,14 @@ lazy_option = click.option(
     "--lazy/--eager", default=None, help="Weights read from a temporary file piece by piece, or all in memory. "
     "[default: lazy where they would take a quarter of the free memory]",
 )  # fmt: skip
+attribute_option = click.option(
+    "--attribute", "attribution", is_flag=True, callback=_analysis, expose_value=False,
+    help="Which part lost it: parts of the original are put back one by one.",
+)  # fmt: skip
+lmms_option = click.option(
+    "--lmms-eval", "benchmarks", metavar="NAMES", callback=_names,
+    help="Benchmarks of lmms-eval by name, or task files: pope,mme,my-task.yaml. Without -d only these.",
+)  # fmt: skip
 trust_option = click.option("--trust-remote-code", is_flag=True, help="Run the Python code that a checkpoint brings.")
 threads_option = click.option(
     "--threads", type=click.IntRange(1), callback=_threads, expose_value=False, help="CPU threads."
@@ -112,6 +129,7 @@ def together(*options: Any) -> Callable[[Any], Any]:
 
 work = together(recipe_option, data_option, set_option, gate_option)
 comparing = together(data_option, gate_option, score_option, anatomy_option)
+analysing = together(attribute_option)
 printing = together(as_json, debug)
 loading = together(anatomy_option, trust_option)
 speed = together(batch_option, threads_option)

@@ -245,6 +245,7 @@ def verify(
     score: str | None = None,
     rows: Sequence[Family] = (),
     analyses: Sequence[str] = (),
+    trust_remote_code: bool = False,
 ) -> dict[str, Json]:
     """The paired comparison of a saved model with its original, from disk, on the check split that the run used.
 
@@ -268,7 +269,7 @@ def verify(
     if not Path(storage.resolve(out)).is_dir():
         raise OutputError("no such folder", where=str(out), change="give the OUT of an earlier 'svlm compress'")
     samples = CalibrationSet.load(data, **pick)
-    original, small = load_view(against, rows=rows), load_view(out, rows=rows)
+    original, small = (load_view(spec, rows=rows, trust_remote_code=trust_remote_code) for spec in (against, out))
     bench = Workbench(original, samples, batch_size=batch_size, latency=False, progress=progress)
     quality, _ = bench.measure(small)
     passed, says = gate.judge(quality) if gate else (True, "no gate")

@@ -99,7 +99,14 @@ def _gate_text(step: Mapping[str, Any]) -> str:
 
 
 def print_comparison(result: Mapping[str, Any]) -> None:
-    """What `svlm verify` found: one row, and the gate's verdict."""
+    """What `svlm verify` found: one row and the gate's verdict, benchmarks."""
+    if "quality" in result:
+        _print_quality(result)
+    if "lmms_eval" in result:
+        print_benchmarks(result["lmms_eval"])
+
+
+def _print_quality(result: Mapping[str, Any]) -> None:
     row = r.quality_row(result["quality"])
     cells = [
         r.percent(row["reference"]), r.percent(row["exact_match"]), r.change(row), r.flips(row),
@@ -113,6 +120,30 @@ def print_comparison(result: Mapping[str, Any]) -> None:
         print(f"gate {'holds' if result['passed'] else 'FAILS'}: {result['says']}")
     if "attribution" in result.get("analysis", {}):
         print_attribution(result["analysis"]["attribution"])
+
+
+def print_benchmarks(result: Mapping[str, Any]) -> None:
+    """What `passes.lmms.run` found: a row for each metric of each task."""
+    titles = ["benchmark", "metric", "items", "original", "this", "change [95\u00a0%]", "items [95\u00a0%]", "flips"]
+    cells, notes = [], []
+    for task, row in result["tasks"].items():
+        notes += [f"{task}: {note}" for note in row["notes"]]
+        for metric, m in row["metrics"].items():
+            items = m["items"]
+            own = r.number(m["delta"], "+.4f") + (_interval(m["ci95"]) if m["ci95"] else "")
+            cells.append(
+                [task, metric, str(items["n"] if items else row["n"]), r.number(m["reference"], ".4f"),
+                 r.number(m["value"], ".4f"), own,
+                 f"{items['delta']:+.4f}{_interval(items['ci95'])}" if items and not m["ci95"] else "",
+                 f"−{items['fell']} +{items['rose']}" if items else r.NOTHING]
+            )  # fmt: skip
+    print_table(titles, cells, right=[False, False, *[True] * 6])
+    for note in dict.fromkeys(notes):
+        print(f"note: {note}")
+
+
+def _interval(bounds: Iterable[float]) -> str:
+    return " [{:+.4f}, {:+.4f}]".format(*bounds)
 
 
 def print_kernels(facts: Mapping[str, Any]) -> None:

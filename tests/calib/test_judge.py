@@ -398,6 +398,7 @@ def test_logits_and_labels_meet_as_the_family_has_them(family: str) -> None:
 
 
 def test_progress_is_told(judge: Judge, worse: ModelView) -> None:
+    judge.reference()  # asked once
     told = SimpleNamespace(total=0, steps=0, ended=False)
     progress: Any = SimpleNamespace(
         start=lambda what, total: setattr(told, "total", told.total + total),
