@@ -30,6 +30,7 @@ from .compress.options import (
     lazy_option,
     loading,
     printing,
+    robustness_option,
     speed,
     threads_option,
     trust_option,
@@ -226,11 +227,13 @@ def compress(
 @click.option("--against", required=True, metavar="MODEL", help="The original.")
 @data_option
 @gate_option
+@robustness_option
 @anatomy_option
 @speed
 @printing
 def verify(
-    out: Path, against: str, data: str | None, gate: str | None, anatomy: Path | None, batch_size: int, as_json: bool
+    out: Path, against: str, data: str | None, gate: str | None, analyses: tuple[str, ...], anatomy: Path | None,
+    batch_size: int, as_json: bool,
 ) -> int:  # fmt: skip
     """Compare OUT with the original from disk: the paired difference on the check split.
 
@@ -238,6 +241,7 @@ def verify(
     Examples:
       svlm verify runs/demo --against demo
       svlm verify runs/int4 --against ./my-vlm -d questions.jsonl --gate "exact_match max_drop=0.02"
+      svlm verify runs/demo --against demo --robustness
     """
     from .compress.gate import Gate
 
@@ -248,7 +252,10 @@ def verify(
     from .passes.api import verify as compare
 
     with progress() as told:
-        result = compare(out, against, samples, gate=limit, batch_size=batch_size, progress=told, rows=_rows(anatomy))
+        result = compare(
+            out, against, samples, gate=limit, batch_size=batch_size, progress=told, rows=_rows(anatomy),
+            analyses=analyses,
+        )  # fmt: skip
     _print_json(result) if as_json else print_comparison(result)
     return 0 if result["passed"] else 1
 

@@ -28,6 +28,7 @@ from ..compress.errors import WorkFailed
 from ..compress.storage import fingerprint
 from .encode import Encoder
 from .metrics.answers import exact_match
+from .metrics.bias import bias
 from .metrics.divergence import kl, kl_shortened, log_probabilities, perplexity, shorten
 from .metrics.pairs import detectable, mcnemar, paired_bootstrap
 from .sample import Sample
@@ -191,6 +192,7 @@ class Judge:
             "n": n,
             "n_images": len(set(images)),
             "by_tag": _by_tag(samples, was, now),
+            "bias": bias(samples, before, after),
         }
         items: list[dict[str, Json]] = [
             {
@@ -273,6 +275,12 @@ class Judge:
                     change="milder settings for the last pass; in 16 bits, more range",
                 )
             yield log_p, target[marked].cpu()
+
+    def answers(self, view: ModelView, samples: Sequence[Sample]) -> list[str]:
+        """Greedy answers of `view` to other questions, asked as those of the check split are."""
+        with evaluating(view.model):
+            encoder = self.encoder if view is self.original else self._shown
+            return self._answers(view, encoder, samples, self._new_tokens)
 
     def _answers(
         self,

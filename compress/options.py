@@ -85,6 +85,10 @@ set_option = click.option(
     help="Override a setting; may be repeated.",
 )  # fmt: skip
 gate_option = click.option("--gate", metavar="TEXT", help='One gate for all: "exact_match max_drop=0.01 on_fail=skip".')
+robustness_option = click.option(
+    "--robustness", "analyses", flag_value="robustness", multiple=True,
+    help="Ask 128 questions again with worse pictures, longer prompts and more turns; takes minutes.",
+)  # fmt: skip
 anatomy_option = click.option(
     "--anatomy", type=click.Path(path_type=Path), metavar="ROW.YAML", help="Where the parts of an unknown family live."
 )

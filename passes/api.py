@@ -29,6 +29,7 @@ from ..compress.report import read as read_report
 from ..compress.runtime.kernels.measure import cpu_name
 from ..compress.stages import RunFolder
 from ..recipes import SHIPPED
+from . import analyses as more
 from . import find
 
 RUNTIMES = ("torch", "openvino")
@@ -240,11 +241,14 @@ def verify(
     check: int | None = None,
     seed: int | None = None,
     rows: Sequence[Family] = (),
+    analyses: Sequence[str] = (),
 ) -> dict[str, Json]:
     """The paired comparison of a saved model with its original, from disk, on the check split that the run used.
 
-    Counts and seed default to those of the run that made `out`, so that the figures are the report's.
+    Counts and seed default to those of the run that made `out`, so that the figures are the report's. `analyses` (names
+    in `passes.analyses`) are made, too; what they find is under `analysis`.
     """
+    more.check(analyses)
     made = read_report(out) if (Path(out) / "report.json").is_file() else {}
     c = made.get("recipe", {}).get("calibration", {})
     pick = {
@@ -267,6 +271,7 @@ def verify(
         "gate": gate.to_json() if gate else None,
         "passed": passed,
         "says": says,
+        "analysis": more.analyse(analyses, bench, small, data, progress),
     }
 
 

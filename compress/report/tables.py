@@ -107,6 +107,29 @@ def print_comparison(result: Mapping[str, Any]) -> None:
     print_table(titles, [cells], right=[True] * len(titles))
     if result["gate"]:
         print(f"gate {'holds' if result['passed'] else 'FAILS'}: {result['says']}")
+    for sentence in (result["quality"].get("bias") or {}).get("says", []):
+        print(f"bias: {sentence}")
+    if found := (result.get("analysis") or {}).get("robustness"):
+        print_robustness(found)
+
+
+def print_robustness(found: Mapping[str, Any]) -> None:
+    """What `calib.robustness` found: a row a change and strength, and its sentences."""
+    cells = [
+        [
+            row["change"].replace("_", " "), "" if row["strength"] is None else str(row["strength"]), f"{row['n']:,}",
+            r.percent(row["reference"]), r.percent(row["value"]),
+            r.points(row["reference_loss"]), r.points(row["loss"]),
+            r.points(row["difference"]) + (" [{}, {}]".format(*map(r.points, row["ci95"])) if row["ci95"] else ""),
+        ]
+        for row in found["rows"]
+    ]  # fmt: skip
+    titles = ["change", "strength", "n", "original", "this", "original loses", "this loses", "difference [95\u00a0%]"]
+    print_table(titles, cells, right=[False, *[True] * (len(titles) - 1)])
+    for sentence in found["says"]:
+        print(sentence)
+    for name, reason in found["left_out"].items():
+        print(f"left out: {name} ({reason})")
 
 
 def print_kernels(facts: Mapping[str, Any]) -> None:
