@@ -42,7 +42,8 @@ class Pictures:
 
     def sums(self, values: NDArray[np.float64] | Sequence[float]) -> Weights:
         """Sums of `values` [questions] by picture [pictures, 1]."""
-        return np.bincount(self.index, np.asarray(values, dtype=np.float64), minlength=self.count)[:, None]
+        sums = np.bincount(self.index, np.asarray(values, dtype=np.float64), minlength=self.count)
+        return sums.astype(np.float64)[:, None]
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,17 @@ class Resampled:
 
     @property
     def error(self) -> NDArray[np.float64]:
-        """Standard error of each figure."""
-        return np.nanstd(self.replicates, axis=0)
+        """Standard error of each figure, of the resamples in which it is defined."""
+        there = ~np.isnan(self.replicates).all(0)
+        found = np.full(there.shape, np.nan)
+        found[there] = np.nanstd(self.replicates[:, there], axis=0)
+        return found
 
     def percentile(self, figure: int = 0) -> list[float] | None:
-        """The 95 % interval between quantiles of the resamples; None where the figure is undefined in some of them."""
-        return _ends(np.quantile(self.replicates[:, figure], [0.025, 0.975]))
+        """The 95 % interval between quantiles of the resamples in which the figure is defined; None where few are."""
+        values = self.replicates[:, figure]
+        defined = values[~np.isnan(values)]
+        return _ends(np.quantile(defined, [0.025, 0.975])) if 2 * len(defined) > len(values) else None
 
     def normal(self, figure: int = 0) -> list[float] | None:
         """The 95 % interval ``estimate ± 1.96 standard errors``: for statistics that choose before they measure."""
@@ -77,7 +83,7 @@ class Resampled:
         if not moving.any():
             return np.stack([self.estimate, self.estimate], axis=1)
         off = np.abs(self.replicates[:, moving] - self.estimate[moving]) / error[moving]
-        half = max(float(np.quantile(off.max(1), 0.95)), NORMAL) * error
+        half = max(float(np.quantile(np.nan_to_num(off).max(1), 0.95)), NORMAL) * error
         return np.stack([self.estimate - half, self.estimate + half], axis=1)
 
 
