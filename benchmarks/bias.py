@@ -92,6 +92,9 @@ def main() -> None:
             "answer_prior": {k: found["answer_prior"][k] for k in ("value", "ci95", "distance", "gained")},
             "says": found["says"],
         }  # fmt: skip
+        if o.json:  # after every pair: the script takes a while
+            settings = {k: v for k, v in vars(o).items() if k != "json"}
+            write_json(o.json, {"settings": settings, "pairs": rows})
         low, high = (100 * end for end in found["amplification"]["ci95"])
         print(
             f"{name} beside the {reference}: exact match {100 * right:.1f} %, '{ANSWER}' in {100 * often:.1f} % of "
@@ -107,9 +110,6 @@ def main() -> None:
     compare("student of the biased teacher", "biased teacher")
     said["student of the fair teacher"] = bench.judge.answers(student(fair, o, data), samples)
     compare("student of the fair teacher", "fair teacher")
-    if o.json:
-        settings = {k: v for k, v in vars(o).items() if k != "json"}
-        write_json(o.json, {"settings": settings, "pairs": rows})
 
 
 if __name__ == "__main__":

@@ -292,7 +292,8 @@ def _position(
 def tag_gap(
     pictures: Pictures, labels: Sequence[str], was: NDArray[np.float64], now: NDArray[np.float64]
 ) -> dict[str, Any] | None:
-    """How much farther apart a tag's best and worst value are in accuracy; None where a tag has fewer than two values.
+    """How much farther apart a tag's best and worst value are in accuracy; None where a tag has fewer than two values, or
+    where there are too few pictures.
 
     Best and worst are those of both models together on other pictures, five-fold: the extremes of a noisier model are
     farther apart by themselves. `ratio` is the small model's gap over the original's, None where that is not clearly
@@ -320,6 +321,8 @@ def tag_gap(
 
     found = bootstrap(pictures.count, statistic)
     value, small, original, times = map(float, found.estimate)
+    if not np.isfinite(value):  # too few pictures to choose on some and measure on others
+        return None
     base = found.percentile(2)
     readable = base is not None and base[0] > 0
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable, Sequence
 
@@ -254,3 +255,7 @@ def test_few_questions_and_one_picture_are_no_error() -> None:
     one = asked(1, 40)
     found = bias(one, said(one, 0.5, 41), said(one, 0.9, 42))
     assert found["amplification"]["n"] == 4 and np.isfinite(found["amplification"]["value"])
+    many = asked(1, 43, per_picture=40)
+    found = bias(many, said(many, 0.1, 44), said(many, 0.9, 45))
+    assert found["tag_gap"] == {}, "one picture: nothing to choose on"
+    json.dumps(found, allow_nan=False)
