@@ -292,15 +292,14 @@ def _position(
 def tag_gap(
     pictures: Pictures, labels: Sequence[str], was: NDArray[np.float64], now: NDArray[np.float64]
 ) -> dict[str, Any] | None:
-    """How much farther apart a tag's best and worst value are in accuracy; None where a tag has fewer than two values, or
-    where there are too few pictures.
+    """How much farther apart a tag's best and worst value are in accuracy; None with one value, or too few pictures.
 
     Best and worst are those of both models together on other pictures, five-fold: the extremes of a noisier model are
     farther apart by themselves. `ratio` is the small model's gap over the original's, None where that is not clearly
     above zero.
     """
     names = sorted(set(labels))
-    if len(names) < 2:
+    if len(names) < 2 or pictures.count < FOLDS:
         return None
     tag = _codes([names.index(label) for label in labels])
     size, old, new = (pictures.table(tag, len(names), values) for values in (np.ones(len(tag)), was, now))
@@ -321,7 +320,7 @@ def tag_gap(
 
     found = bootstrap(pictures.count, statistic)
     value, small, original, times = map(float, found.estimate)
-    if not np.isfinite(value):  # too few pictures to choose on some and measure on others
+    if not np.isfinite(value):  # a value that the pictures of a fold do not have
         return None
     base = found.percentile(2)
     readable = base is not None and base[0] > 0
