@@ -240,6 +240,7 @@ def verify(
     Examples:
       svlm verify runs/demo --against demo --attribute
       svlm verify runs/int4 --against ./my-vlm -d questions.jsonl --gate "exact_match max_drop=0.02"
+      svlm verify runs/demo --against demo --robustness
       svlm verify runs/int4 --against ./my-vlm -d docvqa.jsonl --score anls
       svlm verify runs/int4 --against ./my-vlm --lmms-eval pope,mme
     """

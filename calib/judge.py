@@ -30,6 +30,7 @@ from .blank import LEAST, MOST, SHARE, Blank
 from .encode import Encoder
 from .findings import by_answer, findings
 from .metrics.answers import exact_match
+from .metrics.bias import bias
 from .metrics.divergence import kl, kl_shortened, perplexity, shorten
 from .metrics.pairs import detectable, mcnemar, paired_bootstrap
 from .metrics.scores import EXACT
@@ -226,6 +227,7 @@ class Judge:
             "n_images": len(set(images)),
             "by_tag": _by_tag(samples, was, now),
             "by_answer": {name: _share(rows, was, now) for name, rows in by_answer(samples).items()},
+            "bias": bias(samples, before.texts, after.texts),
         }
         more, facts = findings(samples, self.score, before, after, was, now)
         items: list[dict[str, Json]] = [
@@ -277,6 +279,12 @@ class Judge:
         every = [answer for s in self.samples for answer in s.answers]
         longest = max(map(len, self.encoder.tokenizer(every, add_special_tokens=False)["input_ids"]))
         return min(longest + 1 + SPARE_TOKENS, MOST_TOKENS)
+
+    def answers(self, view: ModelView, samples: Sequence[Sample]) -> list[str]:
+        """Greedy answers of `view` to other questions, asked as those of the check split are."""
+        with evaluating(view.model):
+            encoder = self.encoder if view is self.original else self._shown
+            return answers(view, encoder, samples, self._new_tokens, self.batch_size).texts
 
     # -- the original, once --------------------------------------------------------------------------------------------
 

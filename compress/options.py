@@ -108,6 +108,10 @@ attribute_option = click.option(
     "--attribute", "attribution", is_flag=True, callback=_analysis, expose_value=False,
     help="Which part lost it: parts of the original are put back one by one.",
 )  # fmt: skip
+robustness_option = click.option(
+    "--robustness", "robustness", is_flag=True, callback=_analysis, expose_value=False,
+    help="Ask 128 questions again with worse pictures, longer prompts and more turns; takes minutes.",
+)  # fmt: skip
 lmms_option = click.option(
     "--lmms-eval", "benchmarks", metavar="NAMES", callback=_names,
     help="Benchmarks of lmms-eval by name, or task files: pope,mme,my-task.yaml. Without -d only these.",
@@ -129,7 +133,7 @@ def together(*options: Any) -> Callable[[Any], Any]:
 
 work = together(recipe_option, data_option, set_option, gate_option)
 comparing = together(data_option, gate_option, score_option, anatomy_option)
-analysing = together(attribute_option)
+analysing = together(attribute_option, robustness_option)
 printing = together(as_json, debug)
 loading = together(anatomy_option, trust_option)
 speed = together(batch_option, threads_option)

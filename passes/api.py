@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from ..calib.attribution import attribute
 from ..calib.dataset import CalibrationSet
 from ..calib.workbench import Workbench
 from ..compress import __version__, disk, storage
@@ -30,10 +29,10 @@ from ..compress.report import read as read_report
 from ..compress.runtime.kernels.measure import cpu_name
 from ..compress.stages import RunFolder
 from ..recipes import SHIPPED
+from . import analyses as more
 from . import find
 
 RUNTIMES = ("torch", "openvino")
-ANALYSES: dict[str, Callable[..., dict[str, Json]]] = {"attribution": attribute}
 
 
 def load_view(
@@ -253,11 +252,9 @@ def verify(
     a score asks for that one.
 
     Args:
-        analyses: of ``attribution`` (`calib/attribution.py`); what they find is under ``analysis``, by name.
+        analyses: names in `passes.analyses`; what they find is under ``analysis``, by name.
     """
-    for name in analyses:
-        if name not in ANALYSES:
-            raise UsageError(f"no analysis '{name}'", change=did_you_mean(name, ANALYSES))
+    more.check(analyses)
     made = read_report(out) if (Path(out) / "report.json").is_file() else {}
     c = made.get("recipe", {}).get("calibration", {})
     pick: dict[str, Any] = {
@@ -281,7 +278,7 @@ def verify(
         "gate": gate.to_json() if gate else None,
         "passed": passed,
         "says": says,
-        "analysis": {name: ANALYSES[name](bench, small, progress=progress) for name in analyses},
+        "analysis": more.analyse(analyses, bench, small, data, progress),
     }
 
 

@@ -118,8 +118,32 @@ def _print_quality(result: Mapping[str, Any]) -> None:
         print(sentence)
     if result["gate"]:
         print(f"gate {'holds' if result['passed'] else 'FAILS'}: {result['says']}")
-    if "attribution" in result.get("analysis", {}):
-        print_attribution(result["analysis"]["attribution"])
+    for sentence in (result["quality"].get("bias") or {}).get("says", []):
+        print(f"bias: {sentence}")
+    found = result.get("analysis") or {}
+    if "robustness" in found:
+        print_robustness(found["robustness"])
+    if "attribution" in found:
+        print_attribution(found["attribution"])
+
+
+def print_robustness(found: Mapping[str, Any]) -> None:
+    """What `calib.robustness` found: a row a change and strength, and its sentences."""
+    cells = [
+        [
+            row["change"].replace("_", " "), "" if row["strength"] is None else str(row["strength"]), f"{row['n']:,}",
+            r.percent(row["reference"]), r.percent(row["value"]),
+            r.points(row["reference_loss"]), r.points(row["loss"]),
+            r.points(row["difference"]) + (" [{}, {}]".format(*map(r.points, row["ci95"])) if row["ci95"] else ""),
+        ]
+        for row in found["rows"]
+    ]  # fmt: skip
+    titles = ["change", "strength", "n", "original", "this", "original loses", "this loses", "difference [95\u00a0%]"]
+    print_table(titles, cells, right=[False, *[True] * (len(titles) - 1)])
+    for sentence in found["says"]:
+        print(sentence)
+    for name, reason in found["left_out"].items():
+        print(f"left out: {name} ({reason})")
 
 
 def print_benchmarks(result: Mapping[str, Any]) -> None:
