@@ -102,6 +102,15 @@ data_option = click.option(
 )
 
 
+plots_option = click.option(
+    "-o", "--output", "folder", type=click.Path(path_type=Path), required=True, help="Folder for plots and figures."
+)
+distil_option = click.option(
+    "-r", "--recipe", default="prune-distil-quantize", show_default=True, metavar="RECIPE",
+    help="Its passes up to the first distilling one make the student.",
+)  # fmt: skip
+
+
 def together(*options: Any) -> Callable[[Any], Any]:
     """Several options as one decorator, shown in this order."""
     return lambda command: functools.reduce(lambda inner, option: option(inner), reversed(options), command)

@@ -213,10 +213,20 @@ def _finish(
     report["reload"] = prove_reload(
         run.out, outcome.model.parent / "probe.safetensors", {"threads": torch.get_num_threads()}
     )
+    report["analysis"] = {"alignment": _aligned(run.out, bench, o)}
     write(run.out, report, gallery_rows(bench.data.check, outcome.items[0], _last_good(outcome)))
     if not o.keep_stages:
         run.tidy()
     return report
+
+
+def _aligned(out: Path, bench: Workbench, o: Options) -> dict[str, Json]:
+    """Alignment of the result; where it cannot be measured, `says` why. A finished run does not fail for it."""
+    try:
+        view = load_view(out, rows=o.rows, trust_remote_code=o.trust_remote_code, lazy=o.lazy)
+        return bench.alignment(view, o.progress)
+    except SvlmError as error:
+        return {"blocks": [], "says": [str(error)]}
 
 
 def _last_good(outcome: Outcome) -> list[dict[str, Json]]:
@@ -240,10 +250,14 @@ def verify(
     check: int | None = None,
     seed: int | None = None,
     rows: Sequence[Family] = (),
+    analyses: Sequence[str] = (),
 ) -> dict[str, Json]:
     """The paired comparison of a saved model with its original, from disk, on the check split that the run used.
 
     Counts and seed default to those of the run that made `out`, so that the figures are the report's.
+
+    Args:
+        analyses: what else to find out, by name: ``alignment``. It is found in `analysis` of what is returned.
     """
     made = read_report(out) if (Path(out) / "report.json").is_file() else {}
     c = made.get("recipe", {}).get("calibration", {})
@@ -259,6 +273,9 @@ def verify(
     bench = Workbench(original, samples, batch_size=batch_size, latency=False, progress=progress)
     quality, _ = bench.measure(small)
     passed, says = gate.judge(quality) if gate else (True, "no gate")
+    analysis: dict[str, Json] = {}
+    if "alignment" in analyses:
+        analysis["alignment"] = bench.alignment(small)
     return {
         "model": str(out),
         "against": str(against),
@@ -267,6 +284,7 @@ def verify(
         "gate": gate.to_json() if gate else None,
         "passed": passed,
         "says": says,
+        "analysis": analysis,
     }
 
 

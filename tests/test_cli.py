@@ -22,7 +22,7 @@ from svlm.passes import api
 from svlm.recipes import SHIPPED
 from tests import reports, zoo
 
-COMMANDS = ("passes", "inspect", "plan", "compress", "verify", "report", "export", "ask", "bench")
+COMMANDS = ("passes", "inspect", "plan", "compress", "verify", "report", "export", "ask", "bench", "experiment")
 Run = Callable[..., tuple[int, str, str]]
 
 

@@ -107,6 +107,20 @@ def print_comparison(result: Mapping[str, Any]) -> None:
     print_table(titles, [cells], right=[True] * len(titles))
     if result["gate"]:
         print(f"gate {'holds' if result['passed'] else 'FAILS'}: {result['says']}")
+    if found := result["analysis"].get("alignment"):
+        print_alignment(found)
+
+
+def print_alignment(found: Mapping[str, Any]) -> None:
+    """What `calib.alignment.alignment` found, block by block."""
+    columns = {
+        "cka_text": "CKA text", "cka_visual": "visual", "mutual_knn_text": "k-NN text", "mutual_knn_visual": "visual",
+        "between_knn": "visual–text", "reference_between_knn": "original", "mir": "MIR", "reference_mir": "original",
+    }  # fmt: skip
+    cells = [[row["name"], *(r.number(row[key], ".3f") for key in columns)] for row in found["blocks"]]
+    print_table(["alignment", *columns.values()], cells, right=[False, *[True] * len(columns)])
+    for sentence in found["says"]:
+        print(sentence)
 
 
 def print_kernels(facts: Mapping[str, Any]) -> None:
