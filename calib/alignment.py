@@ -105,7 +105,7 @@ def alignment(
     pairs, skipped = _pairs(view, teacher)
     widest = max((ref.module.out_features for _, unit in pairs for ref in unit.linears[-1:]), default=1)
     room = max(TOKENS, 2 * widest)
-    neighbours = min(maths.NEIGHBOURS, max(len(samples) - 2, 1))
+    neighbours = min(maths.NEIGHBOURS, max(len(samples) // 3, 1))  # of few questions all are near
     groups = list(_groups(pairs, 16 * room * widest))
     told.start("alignment", len(groups))
     blocks: list[dict[str, Json]] = []
@@ -272,8 +272,8 @@ def _marks(
         if worked is not None and not entering:  # tokens that pass this block by
             asked = kept.returned(unit.module, worked.asking[1]).cpu()
             kind = torch.where(asked, kind, -1) if asked.shape == kind.shape else kind
-    flat = (t.reshape(-1) for t in (kind, sample, key, common))
-    return Marks(*flat, counts)
+    kind, sample, key, common = (t.reshape(-1) for t in (kind, sample, key, common))
+    return Marks(kind, sample, key, common, counts)
 
 
 def _image_marks(view: ModelView, batch: Batch, rows: int, count: int, begin: int, alike: bool) -> Marks:

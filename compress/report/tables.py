@@ -107,7 +107,7 @@ def print_comparison(result: Mapping[str, Any]) -> None:
     print_table(titles, [cells], right=[True] * len(titles))
     if result["gate"]:
         print(f"gate {'holds' if result['passed'] else 'FAILS'}: {result['says']}")
-    if found := result["analysis"].get("alignment"):
+    if found := result.get("analysis", {}).get("alignment"):
         print_alignment(found)
 
 

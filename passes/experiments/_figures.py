@@ -68,10 +68,29 @@ def curve(axes: Axes, number: int, xs: Sequence[float], ys: Sequence[float | Non
         )
 
 
-def legend(axes: Axes) -> None:
-    """The names of the series, where they cover the least."""
-    if axes.get_legend_handles_labels()[1]:
+def legend(axes: Axes, below: bool = False) -> None:
+    """The names of the series, where they cover the least; or in a line below the axes."""
+    if below:
+        place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.09), "ncols": 3}
+        axes.legend(frameon=False, labelcolor=INK, fontsize=7.5, **place)
+    elif axes.get_legend_handles_labels()[1]:
         axes.legend(frameon=False, labelcolor=INK, fontsize=7.5, handlelength=3)
+
+
+def doubling(axes: Axes, ticks: Sequence[int]) -> None:
+    """An x axis on which each doubling takes the same room."""
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, [str(n) for n in ticks])
+
+
+def by_ratio(axes: Axes) -> None:
+    """A logarithmic y axis with plain numbers: 1, 2, 5, 10, ..."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def leave(made: dict[str, Any], folder: Path, **figures: Figure) -> None:

@@ -307,9 +307,11 @@ def _figure(made: dict[str, Any]) -> Any:
             for number, name in enumerate(shown):
                 rows = [row for row in made["rows"] if row["variant"] == name]
                 figures.curve(axes, number, [row["length"] for row in rows], [value(row) for row in rows], name)
-            axes.set_xscale("log", base=2)
-            axes.set_yscale("log")
-            axes.set_xticks(ticks, [str(n) for n in ticks])
+            figures.doubling(axes, ticks)
+            if title == decode[0]:
+                axes.set_ylim(bottom=0)
+            else:
+                figures.by_ratio(axes)
             figures.titled(axes, title, x="tokens" if line else "")
         figures.legend(panels[3 * line])
     return figure

@@ -166,7 +166,7 @@ def _figure(made: Mapping[str, Any]) -> Any:
     left.tick_params(axis="y", labelcolor=figures.INK)
     left.invert_yaxis()
     figures.titled(left, "exact match, %")
-    figures.legend(left)
+    figures.legend(left, below=True)
     others = [row for row in made["rows"] if row["unit"] in ("nats", "bias") and row["before"] is not None]
     for place, row in enumerate(others):
         for number, key in enumerate(("before", "after"), start=1):
@@ -180,7 +180,7 @@ def _figure(made: Mapping[str, Any]) -> Any:
     middle.set_yticks(range(len(others)), [row["figure"] for row in others])
     middle.tick_params(axis="y", labelcolor=figures.INK)
     middle.margins(x=0.25)
-    middle.invert_yaxis()
+    middle.set_ylim(max(len(others), 4) - 0.5, -0.5)
     figures.titled(middle, "student against teacher")
     for number, name in enumerate(STUDENTS, start=1):
         blocks = made["students"][name]["alignment"]["blocks"]

@@ -1,4 +1,4 @@
-"""The three experiments, small: what they measure, what they refuse, and that their plots are files that can be read."""
+"""The three experiments, small: what they measure, what they refuse, and that their plots can be read."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def readable(path: Path) -> None:
 # ----------------------------------------------------------------------------------------------------------- attention
 
 
-@pytest.mark.parametrize("family", zoo.FAMILIES)
+@pytest.mark.parametrize("family", ["llava", "qwen3-vl", "gemma3", "blip-2", "florence-2", "trocr"])
 def test_attention_runs_for_every_decoder_and_refuses_the_others(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -57,12 +57,11 @@ def test_attention_runs_for_every_decoder_and_refuses_the_others(
     assert rows["eager"]["peak_bytes"] > rows["sdpa, flash"]["peak_bytes"]
     if view.decoder.config.to_dict().get("num_key_value_heads"):
         one, own, every = (next(r for n, r in rows.items() if n.startswith(kind)) for kind in ("MQA", "GQA", "MHA"))
-        assert 4 * one["kv_bytes"] == 2 * own["kv_bytes"] == every["kv_bytes"]
+        assert [every["kv_bytes"] / row["kv_bytes"] for row in (one, own)] == pytest.approx([4, 2], rel=0.01)
     else:
         assert "GQA, MQA" in made["left_out"]
-    assert set(rows) | set(made["left_out"]) == {v.name for v in attention.variants_of(view.decoder.config)[0]} | {
-        name for name in attention.variants_of(view.decoder.config)[1]
-    }
+    variants, inexpressible = attention.variants_of(view.decoder.config)
+    assert set(rows) | set(made["left_out"]) == {variant.name for variant in variants} | set(inexpressible)
 
 
 def test_a_window_bounds_the_cache_where_the_config_has_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,7 +84,7 @@ def test_held_bytes_are_those_of_live_tensors() -> None:
         b = a * 2  # 8,000
         del a
         (b.view(10, 100).T + 0).sum()  # 8,000 and a sum
-        given.view(10, 100).T  # of what was given
+        assert given.view(10, 100).T.shape == (100, 10)  # of what was given
     assert held.peak == 8004
 
 
@@ -96,7 +95,9 @@ def test_held_bytes_are_those_of_live_tensors() -> None:
 def distilled(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
     folder = tmp_path_factory.mktemp("distillation")
     plan = recipe(
-        ("prune.layers", {"criterion": "random"}), ("distill.logits", {"steps": 9, "batch_size": 4}), ("quantize.rtn", {})
+        ("prune.layers", {"criterion": "random"}),
+        ("distill.logits", {"steps": 9, "batch_size": 4}),
+        ("quantize.rtn", {}),
     )
     return distillation.distillation("demo", plan, "demo", folder, steps=1), folder
 
@@ -135,12 +136,12 @@ def test_a_recipe_without_a_student_or_without_distillation_is_refused(passes: A
 
 
 def test_alignment_is_measured_after_each_pass(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    narrow = {"ratio": 0.5, "what": ["hidden"], "importance": "magnitude"}
+    narrow = {"ratio": 0.5, "what": ["hidden"], "importance": "magnitude", "multiple": 32}
     plan = recipe(("tokens.grid", {"keep": 0.5}), ("prune.structured", narrow))
     made = alignment.alignment("demo", plan, "demo", tmp_path)
     assert [stage["name"] for stage in made["stages"]] == ["original", "1 tokens.grid", "2 prune.structured"]
     first, fewer, narrower = made["stages"]
-    assert first["kl"] == 0 and first["alignment"]["cka"] == pytest.approx(1.0)
+    assert first["kl"] == pytest.approx(0, abs=1e-6) and first["alignment"]["cka"] == pytest.approx(1.0)
     assert fewer["alignment"]["blocks"][0]["cka"] == pytest.approx(1.0)  # the tower is as it was
     assert narrower["alignment"]["cka"] < fewer["alignment"]["cka"] < 1
     for stage in made["stages"]:
