@@ -71,7 +71,7 @@ def curve(axes: Axes, number: int, xs: Sequence[float], ys: Sequence[float | Non
 def legend(axes: Axes, below: bool = False) -> None:
     """The names of the series, where they cover the least; or in a line below the axes."""
     if below:
-        place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.09), "ncols": 3}
+        place: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.09), "ncols": 3}
         axes.legend(frameon=False, labelcolor=INK, fontsize=7.5, **place)
     elif axes.get_legend_handles_labels()[1]:
         axes.legend(frameon=False, labelcolor=INK, fontsize=7.5, handlelength=3)
