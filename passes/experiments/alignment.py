@@ -184,6 +184,10 @@ def _embeddings(stages: list[dict[str, Any]]) -> Any:
                     [p[0] for p in points], [p[1] for p in points], s=9, color=colour, marker=marker, alpha=0.55,
                     linewidths=0, label=kind,
                 )  # fmt: skip
+            for number, limits in enumerate((axes.set_xlim, axes.set_ylim)):  # one scale for all stages
+                ends = [p[number] for s in stages for kind in s["points"].get(place, {}).values() for p in kind]
+                room = 0.04 * (max(ends) - min(ends)) if ends else 1.0
+                limits(min(ends, default=0.0) - room, max(ends, default=0.0) + room)
             axes.set_xticks([])
             axes.set_yticks([])
             figures.titled(axes, "" if line else stage["name"], y="" if column else place)
