@@ -25,11 +25,15 @@ from .compress.options import (
     State,
     analysing,
     comparing,
+    data_option,
     debug,
+    distil_option,
     lazy_option,
     lmms_option,
     loading,
+    plots_option,
     printing,
+    recipe_option,
     speed,
     threads_option,
     trust_option,
@@ -240,6 +244,7 @@ def verify(
     Examples:
       svlm verify runs/demo --against demo --attribute
       svlm verify runs/int4 --against ./my-vlm -d questions.jsonl --gate "exact_match max_drop=0.02"
+      svlm verify runs/demo --against demo --alignment
       svlm verify runs/demo --against demo --robustness
       svlm verify runs/int4 --against ./my-vlm -d docvqa.jsonl --score anls
       svlm verify runs/int4 --against ./my-vlm --lmms-eval pope,mme
@@ -368,6 +373,68 @@ def bench(
 
     facts = kernel_table(out, threads=threads)
     _print_json(facts) if as_json else print_kernels(facts)
+
+
+@cli.group(cls=Commands)
+@debug
+def experiment() -> None:
+    """One question about one model, answered with a table, a plot and its figures as JSON.
+
+    \b
+    Examples:
+      svlm experiment attention demo -o plots
+      svlm experiment distillation demo -o plots --steps 100
+      svlm experiment alignment demo -r small -o plots
+    """
+
+
+@experiment.command()
+@click.argument("model")
+@plots_option
+@click.option("--longest", type=click.IntRange(128), default=2048, show_default=True, help="Tokens, at the most.")
+@loading
+@threads_option
+@printing
+def attention(model: str, **options: Any) -> None:
+    """Time and memory of MODEL's attention variants on this device over sequence length, with random weights."""
+    _experiment("attention", options, model)
+
+
+@experiment.command()
+@click.argument("model")
+@distil_option
+@data_option
+@plots_option
+@click.option("--steps", type=click.IntRange(1), help="Of the distilling pass, instead of the recipe's.")
+@loading
+@speed
+@printing
+def distillation(model: str, recipe: str, data: str | None, **options: Any) -> None:
+    """Teacher, student before and student after distillation: accuracy by tag, KL, bias, alignment."""
+    _experiment("distillation", options, model, _recipe(recipe, [], None), _data(data, model))
+
+
+@experiment.command()
+@click.argument("model")
+@recipe_option
+@data_option
+@plots_option
+@loading
+@speed
+@printing
+def alignment(model: str, recipe: str, data: str | None, **options: Any) -> None:
+    """Visual and language embeddings before and after each pass of RECIPE; gates are not asked, nothing is saved."""
+    _experiment("alignment", options, model, _recipe(recipe, [], None), _data(data, model))
+
+
+def _experiment(name: str, options: dict[str, Any], *arguments: Any) -> None:
+    from .compress.report.terminal import progress
+    from .passes.experiments import run, show
+
+    as_json, rows = options.pop("as_json"), _rows(options.pop("anatomy"))
+    with progress() as told:
+        made = run(name, *arguments, **options, rows=rows, progress=told)
+    _print_json(made) if as_json else show(made)
 
 
 def _recipe(source: str, assignments: Assignments, gate: str | None) -> Recipe:

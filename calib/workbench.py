@@ -123,6 +123,12 @@ class Workbench:
         measurement = self.speaking(view).judge.measure(view, progress or self.progress)
         return measurement.quality, measurement.items
 
+    def alignment(self, view: ModelView, progress: Progress | None = None) -> dict[str, Json]:
+        """Alignment of `view` with the original on a few check questions (calib/alignment.py)."""
+        from .alignment import alignment, questions
+
+        return alignment(view, self.speaking(view), questions(self.data.check), progress or self.progress)
+
     def compare(self, before: Sequence[Mapping[str, Json]], after: Sequence[Mapping[str, Json]]) -> dict[str, Json]:
         """Exact match of two models' answers to the check split (`measure`'s items), paired: delta, ci95, mcnemar_p."""
         return compared(before, after)

@@ -112,6 +112,10 @@ robustness_option = click.option(
     "--robustness", "robustness", is_flag=True, callback=_analysis, expose_value=False,
     help="Ask 128 questions again with worse pictures, longer prompts and more turns; takes minutes.",
 )  # fmt: skip
+alignment_option = click.option(
+    "--alignment", "alignment", is_flag=True, callback=_analysis, expose_value=False,
+    help="Compare hidden states block by block, and visual tokens with text.",
+)  # fmt: skip
 lmms_option = click.option(
     "--lmms-eval", "benchmarks", metavar="NAMES", callback=_names,
     help="Benchmarks of lmms-eval by name, or task files: pope,mme,my-task.yaml. Without -d only these.",
@@ -126,6 +130,15 @@ data_option = click.option(
 )
 
 
+plots_option = click.option(
+    "-o", "--output", "folder", type=click.Path(path_type=Path), required=True, help="Folder for plots and figures."
+)
+distil_option = click.option(
+    "-r", "--recipe", default="prune-distil-quantize", show_default=True, metavar="RECIPE",
+    help="Its passes up to the first distilling one make the student.",
+)  # fmt: skip
+
+
 def together(*options: Any) -> Callable[[Any], Any]:
     """Several options as one decorator, shown in this order."""
     return lambda command: functools.reduce(lambda inner, option: option(inner), reversed(options), command)
@@ -133,7 +146,7 @@ def together(*options: Any) -> Callable[[Any], Any]:
 
 work = together(recipe_option, data_option, set_option, gate_option)
 comparing = together(data_option, gate_option, score_option, anatomy_option)
-analysing = together(attribute_option, robustness_option)
+analysing = together(attribute_option, alignment_option, robustness_option)
 printing = together(as_json, debug)
 loading = together(anatomy_option, trust_option)
 speed = together(batch_option, threads_option)

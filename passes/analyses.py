@@ -26,8 +26,16 @@ def _attribution(bench: Workbench, view: ModelView, data: str | Path, progress: 
     return attribute(bench, view, progress=progress)
 
 
+def _alignment(bench: Workbench, view: ModelView, data: str | Path, progress: Progress | None) -> dict[str, Json]:
+    return bench.alignment(view, progress)
+
+
 Analysis = Callable[[Workbench, ModelView, str | Path, Progress | None], dict[str, Json]]
-ANALYSES: dict[str, Analysis] = {"robustness": _robustness, "attribution": _attribution}
+ANALYSES: dict[str, Analysis] = {
+    "alignment": _alignment,
+    "robustness": _robustness,
+    "attribution": _attribution,
+}
 
 
 def check(names: Sequence[str]) -> None:

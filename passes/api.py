@@ -215,10 +215,20 @@ def _finish(
     report["reload"] = prove_reload(
         run.out, outcome.model.parent / "probe.safetensors", {"threads": torch.get_num_threads()}
     )
+    report["analysis"] = {"alignment": _aligned(run.out, bench, o)}
     write(run.out, report, gallery_rows(bench.data.check, outcome.items[0], _last_good(outcome)))
     if not o.keep_stages:
         run.tidy()
     return report
+
+
+def _aligned(out: Path, bench: Workbench, o: Options) -> dict[str, Json]:
+    """Alignment of the result; where it cannot be measured, `says` why. A finished run does not fail for it."""
+    try:
+        view = load_view(out, rows=o.rows, trust_remote_code=o.trust_remote_code, lazy=o.lazy)
+        return bench.alignment(view, o.progress)
+    except SvlmError as error:
+        return {"blocks": [], "says": [str(error)]}
 
 
 def _last_good(outcome: Outcome) -> list[dict[str, Json]]:

@@ -22,7 +22,7 @@ from svlm.passes import api
 from svlm.recipes import SHIPPED
 from tests import reports, zoo
 
-COMMANDS = ("passes", "inspect", "plan", "compress", "verify", "report", "export", "ask", "bench")
+COMMANDS = ("passes", "inspect", "plan", "compress", "verify", "report", "export", "ask", "bench", "experiment")
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -340,11 +340,14 @@ def test_a_run_leaves_a_model_and_its_report(finished: tuple[Path, int]) -> None
 
 def test_verify_finds_the_figures_of_the_report(run: Run, finished: tuple[Path, int]) -> None:
     out, _ = finished
-    code, text, err = run("verify", out, "--against", "demo", "--json")
+    code, text, err = run("verify", out, "--against", "demo", "--json", "--alignment")
     assert code == 0, err
     result = json.loads(text)
     report = json.loads((out / "report.json").read_text())
     assert result["quality"]["exact_match"] == report["stages"][-1]["quality"]["exact_match"]
+    found, kept = (made["analysis"]["alignment"] for made in (result, report))
+    assert [row["name"] for row in found["blocks"]] == [row["name"] for row in kept["blocks"]]
+    assert found["cka"] == pytest.approx(kept["cka"], abs=1e-3) and 0.5 < found["cka"] < 1
     code, text, _ = run("verify", out, "--against", "demo", "--gate", "kl max=0", "--score", "anls")
     assert code == 1
     assert "gate FAILS: kl is" in text

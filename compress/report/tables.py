@@ -121,6 +121,8 @@ def _print_quality(result: Mapping[str, Any]) -> None:
     for sentence in (result["quality"].get("bias") or {}).get("says", []):
         print(f"bias: {sentence}")
     found = result.get("analysis") or {}
+    if found.get("alignment"):
+        print_alignment(found["alignment"])
     if "robustness" in found:
         print_robustness(found["robustness"])
     if "attribution" in found:
@@ -144,6 +146,18 @@ def print_robustness(found: Mapping[str, Any]) -> None:
         print(sentence)
     for name, reason in found["left_out"].items():
         print(f"left out: {name} ({reason})")
+
+
+def print_alignment(found: Mapping[str, Any]) -> None:
+    """What `calib.alignment.alignment` found, block by block."""
+    columns = {
+        "cka_text": "CKA text", "cka_visual": "visual", "mutual_knn_text": "k-NN text", "mutual_knn_visual": "visual",
+        "between_knn": "visual–text", "reference_between_knn": "original", "mir": "MIR", "reference_mir": "original",
+    }  # fmt: skip
+    cells = [[row["name"], *(r.number(row[key], ".3f") for key in columns)] for row in found["blocks"]]
+    print_table(["alignment", *columns.values()], cells, right=[False, *[True] * len(columns)])
+    for sentence in found["says"]:
+        print(sentence)
 
 
 def print_benchmarks(result: Mapping[str, Any]) -> None:
