@@ -2,8 +2,8 @@
 
 The original is asked once; its answers and its log-probabilities on the answer tokens are cached by a fingerprint of
 model, data and versions. What is measured of every other model: KL(original || model) and top-1 agreement on the
-tokens of the reference answers (teacher-forced), their perplexity, and exact match of greedy answers with flips, a
-bootstrap interval over pictures and the exact McNemar test.
+tokens of the reference answers (teacher-forced), their perplexity, and exact match of greedy answers with flips, its
+interval over pictures and the exact tests.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 
@@ -25,11 +26,14 @@ from ..compress.anatomy import ModelView
 from ..compress.base import Json, Progress, Silent, evaluating
 from ..compress.disk import write_whole
 from ..compress.errors import WorkFailed
+from ..compress.evidence import interval
 from ..compress.storage import fingerprint
 from .encode import Encoder
+from .foretold import Foretold
 from .metrics.answers import exact_match
 from .metrics.divergence import kl, kl_shortened, log_probabilities, perplexity, shorten
-from .metrics.pairs import detectable, mcnemar, paired_bootstrap
+from .metrics.paired import by_tag, evidence, mean_evidence, sign_flip
+from .metrics.pairs import detectable, mcnemar
 from .sample import Sample
 
 FULL_BYTES = 1 << 30  # the original's log-probabilities are kept whole up to this size
@@ -91,6 +95,7 @@ class Judge:
 
     Attributes:
         answers_from_original: check samples that had no answer, so that the original's own serves.
+        generated: answers of the last model that were generated; the others its forward had told (`calib.foretold`).
     """
 
     def __init__(
@@ -108,6 +113,7 @@ class Judge:
         self._given, self._cache_dir = tuple(samples), cache_dir
         self.answers_from_original = sum(not s.answers for s in samples)
         self._reference: Reference | None = None
+        self.generated = 0
 
     # -- samples -------------------------------------------------------------------------------------------------------
 
@@ -160,7 +166,9 @@ class Judge:
 
         after = self._ask(view, self._shown, told, "measuring", compare)
         distance, same, chosen = (torch.cat(rows) for rows in zip(*distances))
-        return self._compare(reference.answers, after, distance, same, chosen)
+        measured = self._compare(reference.answers, after, distance, same, chosen)
+        measured.quality["generated"] = self.generated
+        return measured
 
     def _compare(
         self, before: list[str], after: list[str], distance: torch.Tensor, same: torch.Tensor, chosen: torch.Tensor
@@ -171,12 +179,14 @@ class Judge:
         images = [s.image_id for s in samples]
         worse, better = (sum(x and not y for x, y in zip(*pair)) for pair in ((was, now), (now, was)))
         n = len(samples)
+        proof, tokens = evidence(was, now, images), np.repeat(images, self.reference().counts)
         match: dict[str, Json] = {
             "value": sum(now) / n,
             "reference": sum(was) / n,
             "delta": (sum(now) - sum(was)) / n,
-            "ci95": list(paired_bootstrap(was, now, images)),
+            "ci95": list(interval(proof)),
             "mcnemar_p": mcnemar(worse, better),
+            "p_images": sign_flip(was, now, images),
             "right_to_wrong": worse,
             "wrong_to_right": better,
         }
@@ -187,10 +197,15 @@ class Judge:
             "perplexity": perplexity(chosen),
             "exact_match": match,
             "flips": (worse + better) / n,
-            "detectable": detectable(worse + better, n),
+            "detectable": detectable(worse + better, n, proof["design_effect"]),
             "n": n,
             "n_images": len(set(images)),
-            "by_tag": _by_tag(samples, was, now),
+            "by_tag": by_tag([s.tags for s in samples], was, now, images),
+            "evidence": {
+                "exact_match": proof,
+                "agreement": evidence(np.ones(len(same)), same.numpy(), tokens, n),
+                "kl": mean_evidence(distance.double().numpy(), tokens, n),
+            },
         }
         items: list[dict[str, Json]] = [
             {
@@ -218,19 +233,27 @@ class Judge:
     ) -> list[str]:
         """Greedy answers to the check split; calls `scored(sample, log-probabilities, those of the reference)`.
 
-        Where the `answers` are known, the model is not asked for them.
+        Where the `answers` are known, the model is not asked for them. Nor is it where the first forward told what they
+        are, but for one batch, which shows that `generate` agrees; if it does not, every answer is generated.
         """
+        foretold = Foretold(view, self._new_tokens, encoder.decode)
         order = self._order(self.samples, lambda s: len(s.answers[0]))
         batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
-        progress.start(what, len(batches) * (2 if answers is None else 1))
+        progress.start(what, len(batches))
         with evaluating(view.model):
             for part in batches:
                 rows = self._scores(view, encoder, [self.samples[i] for i in part])
                 for i, (log_p, target) in zip(part, rows):
                     scored(i, log_p, log_p.gather(-1, target[:, None]).squeeze(-1))
+                    foretold.hear(i, log_p, target)
                 progress.step()
             if answers is None:
-                answers = self._answers(view, encoder, self.samples, self._new_tokens, progress)
+
+                def generate(asked: list[int]) -> list[str]:
+                    return self._answers(view, encoder, [self.samples[i] for i in asked], self._new_tokens, progress)
+
+                answers = foretold.all_answers(len(self.samples), self.batch_size, generate)
+                self.generated = foretold.generated
         progress.done()
         return answers
 
@@ -283,6 +306,8 @@ class Judge:
         progress: Progress | None = None,
     ) -> list[str]:
         """Greedy answers of up to `tokens` tokens, as `generate(do_sample=False)` gives them."""
+        told = progress or Silent()
+        told.start("generating", -(-len(samples) // self.batch_size))
         order = self._order(samples)
         answers = [""] * len(samples)
         for start in range(0, len(order), self.batch_size):
@@ -292,8 +317,8 @@ class Judge:
             prompt = inputs["input_ids"].shape[1] if "input_ids" in inputs and not view.family.seq2seq else 0
             for i, text in zip(part, encoder.decode(made[:, prompt:])):
                 answers[i] = text
-            if progress is not None:
-                progress.step()
+            told.step()
+        told.done()
         return answers
 
     # -- the original, once --------------------------------------------------------------------------------------------
@@ -374,30 +399,3 @@ def _content(sample: Sample) -> str:
 
 def _on(view: ModelView, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {k: v.to(view.model.device) for k, v in batch.items()}
-
-
-def compared(before: Sequence[Mapping[str, Json]], after: Sequence[Mapping[str, Json]]) -> dict[str, Json]:
-    """Exact match of two models' answers to the same questions (`Measurement.items`): `after` less `before`."""
-    was, now = ([item["correct"] for item in items] for items in (before, after))
-    worse, better = (sum(x and not y for x, y in zip(*pair)) for pair in ((was, now), (now, was)))
-    return {
-        "delta": (sum(now) - sum(was)) / len(was),
-        "ci95": list(paired_bootstrap(was, now, [item["image_id"] for item in before])),
-        "mcnemar_p": mcnemar(worse, better),
-    }
-
-
-def _by_tag(samples: Sequence[Sample], was: list[bool], now: list[bool]) -> dict[str, Json]:
-    """tag -> value -> n, value, reference, delta of exact match."""
-    groups: dict[str, dict[str, list[int]]] = {}
-    for i, sample in enumerate(samples):
-        for tag, value in sample.tags.items():
-            groups.setdefault(tag, {}).setdefault(value, []).append(i)
-    return {
-        tag: {value: _share(rows, was, now) for value, rows in sorted(values.items())} for tag, values in groups.items()
-    }
-
-
-def _share(rows: list[int], was: list[bool], now: list[bool]) -> dict[str, Json]:
-    before, after = sum(was[i] for i in rows) / len(rows), sum(now[i] for i in rows) / len(rows)
-    return {"n": len(rows), "value": after, "reference": before, "delta": after - before}
