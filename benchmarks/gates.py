@@ -1,6 +1,7 @@
 """What gates and intervals are worth: simulated models whose loss is known, questions clustered by picture.
 
     python benchmarks/gates.py --json benchmarks/results/gates.json
+    python benchmarks/gates.py --table benchmarks/results/gates.json    # what docs/verification.md shows of it
 
 A question's answer turns wrong, turns right, or stays. Questions about one picture flip together: their correlation is
 `icc` (a Dirichlet-multinomial distribution: every flip of a picture makes further ones of the same kind likelier). Each
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -109,11 +111,50 @@ def mean_coverage(spread: float, pictures: int, trials: int) -> float:
     return held / trials
 
 
+def table(made: dict[str, Any]) -> str:
+    """The results as docs/verification.md shows them."""
+    trials = made["trials"]
+    told = [
+        f"Coverage of 95 % intervals, {trials['coverage']:,} trials each (in brackets: above + below the truth):",
+        "",
+    ]
+    columns = [(pictures, n) for pictures in PICTURES for n in SIZES]
+    told += ["| | " + " | ".join(f"{pictures}: n = {n}" for pictures, n in columns) + " |", "|---" * 10 + "|"]
+    cells = {(row["pictures"], row["n"], row["change"]): row for row in made["coverage"]}
+
+    def cell(row: dict[str, Any]) -> str:
+        return f"{100 * row['covers']:.1f} ({100 * row['above']:.1f} + {100 * row['below']:.1f})"
+
+    told += [f"| {c} | " + " | ".join(cell(cells[p, n, c]) for p, n in columns) + " |" for c in CHANGES]
+    old = ", ".join(f"{row['change']}: {100 * row['covers']:.1f}" for row in made["bootstrap"])
+    told += ["", f"The percentile bootstrap over pictures, n = 128, 4 a picture, 500 trials: {old}.", ""]
+    told += [
+        f"Gates at n = 1,024, {trials['gates']} trials each: % that pass, and % of which the gate cannot tell:",
+        "",
+    ]
+    told += ["| gate | | " + " | ".join(PICTURES) + " |", "|---" * 5 + "|"]
+    groups: dict[tuple[str, str], list[str]] = {}
+    for row in made["gates"]:
+        gate = ", ".join(f"{key} {value}" for key, value in row["gate"].items() if key in ("max_drop", "confidence"))
+        shown = f"{100 * row['passes']:.1f}" + (
+            f", {100 * row['cannot_tell']:.1f}" if "confidence" in row["gate"] else ""
+        )
+        groups.setdefault((gate, row["change"]), []).append(shown)
+    told += [f"| `{gate}` | {change} | " + " | ".join(shown) + " |" for (gate, change), shown in groups.items()]
+    tail = "; ".join(f"sigma {r['sigma']}, {r['pictures']} pictures: {100 * r['covers']:.1f}" for r in made["mean"])
+    told += ["", f"One-sided 95 % bounds of a mean whose pictures' shares are log-normal (the KL's tail): {tail}."]
+    return "\n".join(told)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--trials", type=int, default=2000, help="of each coverage; gates have 200")
+    parser.add_argument("--table", type=Path, help="print what a run left, simulate nothing")
     options = parser.parse_args()
+    if options.table:
+        print(table(json.loads(options.table.read_text(encoding="utf-8"))))
+        return
     made: dict[str, Any] = {
         "trials": {"coverage": options.trials, "gates": 200},
         "coverage": [],
