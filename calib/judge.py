@@ -179,7 +179,7 @@ class Judge:
         images = [s.image_id for s in samples]
         worse, better = (sum(x and not y for x, y in zip(*pair)) for pair in ((was, now), (now, was)))
         n = len(samples)
-        proof, tokens = evidence(was, now, images), np.repeat(images, self.reference().counts)
+        proof, tokens = evidence(was, now, images), np.repeat(images, self.reference().counts.numpy())
         match: dict[str, Json] = {
             "value": sum(now) / n,
             "reference": sum(was) / n,

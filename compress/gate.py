@@ -67,10 +67,9 @@ class Gate:
             self._check_confidence(value)
 
     def _check_confidence(self, allowed: float) -> None:
-        if not _is_bound(self.confidence) or not 0.5 <= self.confidence < 1:
-            raise RecipeError(
-                "gate: 'confidence' is a number from 0.5 to below 1", found=repr(self.confidence), change="0.95"
-            )
+        value = self.confidence
+        if value is None or not _is_bound(value) or not 0.5 <= value < 1:
+            raise RecipeError("gate: 'confidence' is a number from 0.5 to below 1", found=repr(value), change="0.95")
         if self.metric == "perplexity":
             raise RecipeError("gate: perplexity takes no 'confidence'", change="a gate on kl or exact_match")
         if allowed == 0:

@@ -112,7 +112,7 @@ def by_group(
     rows: list[dict[str, Json]] = []
     for tag, values in groups.items():
         for value, indices in sorted(values.items()):
-            before, after, where = ([column[i] for i in indices] for column in (was, now, images))
+            before, after, where = [was[i] for i in indices], [now[i] for i in indices], [images[i] for i in indices]
             n = len(indices)
             row: dict[str, Json] = {
                 "n": n,
