@@ -15,7 +15,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation import GenerationMixin
 
 from ..compress.anatomy import ModelView
-from ..compress.base import Progress
+from ..compress.base import Progress, Silent
 from ..compress.errors import WorkFailed
 from .encode import Encoder
 from .metrics.divergence import log_probabilities
@@ -81,14 +81,16 @@ def answers(
     The confidence of an answer is its probability under the model: the product, over its tokens and the one that ends
     it, of what `generate` chose them by. It is read while the answer is made, at no forward of its own.
     """
+    told = progress or Silent()
+    told.start("generating", -(-len(samples) // batch_size))
     order = by_length(samples)
     said = Said([""] * len(samples), [0.0] * len(samples))
     for start in range(0, len(order), batch_size):
         part = order[start : start + batch_size]
         for i, text, sure in zip(part, *_greedy(view, encoder, [samples[i] for i in part], tokens)):
             said.texts[i], said.confidence[i] = text, sure
-        if progress is not None:
-            progress.step()
+        told.step()
+    told.done()
     return said
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..compress.base import Json
+from ..compress.evidence import interval
+from ..compress.gate import WITHOUT_EVIDENCE
 from .asking import Said
 from .metrics.answers import normalise
 from .metrics.calibration import calibration
+from .metrics.paired import evidence
 from .metrics.pairs import paired_bootstrap
 from .metrics.scores import EXACT, rate
 from .metrics.yes_no import asked, verdict, yes_no
@@ -46,12 +49,15 @@ def findings(
         answers = [s.answers for s in samples]
         old, new = (rate(score, said.texts, answers) for said in (before, after))
         value, reference = sum(new) / len(new), sum(old) / len(old)
+        images = [s.image_id for s in samples]
+        proof = None if score in WITHOUT_EVIDENCE else evidence(old, new, images)
         quality["score"] = {
             "name": score,
             "value": value,
             "reference": reference,
             "delta": value - reference,
-            "ci95": list(paired_bootstrap(old, new, [s.image_id for s in samples])),
+            "evidence": proof,
+            "ci95": list(interval(proof) if proof else paired_bootstrap(old, new, images)),
         }
         items = [{**item, "score": x, "reference_score": y} for item, x, y in zip(items, new, old)]
     return quality, items

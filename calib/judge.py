@@ -3,7 +3,7 @@
 The original is asked once; its answers and its log-probabilities on the answer tokens are cached by a fingerprint of
 model, data and versions. What is measured of every other model: KL(original || model) and top-1 agreement on the
 tokens of the reference answers (teacher-forced), their perplexity with and without the picture, and exact match of
-greedy answers with flips, a bootstrap interval over pictures and the exact McNemar test; `calib.findings` has the rest.
+greedy answers with flips, its interval over pictures and the exact tests; `calib.findings` has the rest.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 
@@ -24,15 +25,18 @@ from ..compress import __version__
 from ..compress.anatomy import ModelView
 from ..compress.base import Json, Progress, Silent, evaluating
 from ..compress.disk import write_whole
+from ..compress.evidence import interval
 from ..compress.storage import fingerprint
 from .asking import Said, answers, by_length, of_target, scored
 from .blank import LEAST, MOST, SHARE, Blank
 from .encode import Encoder
 from .findings import by_answer, findings
+from .foretold import Foretold
 from .metrics.answers import exact_match
 from .metrics.bias import bias
 from .metrics.divergence import kl, kl_shortened, perplexity, shorten
-from .metrics.pairs import detectable, mcnemar, paired_bootstrap
+from .metrics.paired import by_group, by_tag, evidence, mean_evidence, sign_flip
+from .metrics.pairs import detectable, mcnemar
 from .metrics.scores import EXACT
 from .sample import Sample
 
@@ -109,6 +113,7 @@ class Judge:
 
     Attributes:
         answers_from_original: check samples that had no answer, so that the original's own serves.
+        generated: answers of the last model that were generated; the others its forward had told (`calib.foretold`).
     """
 
     def __init__(
@@ -128,6 +133,7 @@ class Judge:
         self._given, self._cache_dir = tuple(samples), cache_dir
         self.answers_from_original = sum(not s.answers for s in samples)
         self._reference: Reference | None = None
+        self.generated = 0
 
     # -- samples -------------------------------------------------------------------------------------------------------
 
@@ -194,6 +200,7 @@ class Judge:
         if answering:
             blind = self.blank.ask(view, self._shown, told)
             made.quality["blank"] = self.blank.compare(blind, seeing, reference.blind, reference.by_sample)
+            made.quality["generated"] = self.generated
         for item, (apart, *_) in zip(made.items, distances):
             item |= {"kl": float(apart.double().mean()), "tokens": len(apart)}
         return made
@@ -206,12 +213,14 @@ class Judge:
         images = [s.image_id for s in samples]
         worse, better = (sum(x and not y for x, y in zip(*pair)) for pair in ((was, now), (now, was)))
         n = len(samples)
+        proof, tokens = evidence(was, now, images), np.repeat(images, self.reference().counts.numpy())
         match: dict[str, Json] = {
             "value": sum(now) / n,
             "reference": sum(was) / n,
             "delta": (sum(now) - sum(was)) / n,
-            "ci95": list(paired_bootstrap(was, now, images)),
+            "ci95": list(interval(proof)),
             "mcnemar_p": mcnemar(worse, better),
+            "p_images": sign_flip(was, now, images),
             "right_to_wrong": worse,
             "wrong_to_right": better,
         }
@@ -222,12 +231,17 @@ class Judge:
             "perplexity": perplexity(chosen),
             "exact_match": match,
             "flips": (worse + better) / n,
-            "detectable": detectable(worse + better, n),
+            "detectable": detectable(worse + better, n, proof["design_effect"]),
             "n": n,
             "n_images": len(set(images)),
-            "by_tag": _by_tag(samples, was, now),
-            "by_answer": {name: _share(rows, was, now) for name, rows in by_answer(samples).items()},
+            "by_tag": by_tag([s.tags for s in samples], was, now, images),
+            "by_answer": by_group({"": by_answer(samples)}, was, now, images)[""],
             "bias": bias(samples, before.texts, after.texts),
+            "evidence": {
+                "exact_match": proof,
+                "agreement": evidence(np.ones(len(same)), same.numpy(), tokens, n),
+                "kl": mean_evidence(distance.double().numpy(), tokens, n),
+            },
         }
         more, facts = findings(samples, self.score, before, after, was, now)
         items: list[dict[str, Json]] = [
@@ -242,6 +256,8 @@ class Judge:
             }
             for i, s in enumerate(samples)
         ]
+        if "score" in more:
+            quality["evidence"][self.score] = more["score"].pop("evidence")
         return Measurement(quality | more, items)
 
     # -- asking a model ------------------------------------------------------------------------------------------------
@@ -258,20 +274,30 @@ class Judge:
         """Greedy answers to the check split.
 
         Calls `tell(sample, log-probabilities, those of the reference)`. Where it is known what the model `said`, it is
-        not asked for that.
+        not asked for that. Nor is it where the first forward told what it will say, but for one batch, which shows that
+        `generate` agrees; if it does not, every answer is generated.
         """
+        foretold = Foretold(view, self._new_tokens, encoder.decode)
         order = by_length(self.samples, lambda s: len(s.answers[0]))
         batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
-        progress.start(what, len(batches) * (2 if said is None else 1))
+        progress.start(what, len(batches))
         with evaluating(view.model):
             for part in batches:
                 rows = scored(view, encoder, [self.samples[i] for i in part])
                 for i, (log_p, target) in zip(part, rows):
-                    tell(i, log_p, of_target(log_p, target))
+                    of_reference = of_target(log_p, target)
+                    tell(i, log_p, of_reference)
+                    foretold.hear(i, log_p, target, of_reference)
                 progress.step()
+            progress.done()
             if said is None:
-                said = answers(view, encoder, self.samples, self._new_tokens, self.batch_size, progress)
-        progress.done()
+
+                def generate(asked: list[int]) -> Said:
+                    some = [self.samples[i] for i in asked]
+                    return answers(view, encoder, some, self._new_tokens, self.batch_size, progress)
+
+                said = foretold.all_answers(len(self.samples), self.batch_size, generate)
+                self.generated = foretold.generated
         return said
 
     @cached_property
@@ -362,30 +388,3 @@ def _content(sample: Sample) -> str:
     """sha256 of id, pictures, question and what was said before."""
     asked = [[image.content for image in sample.images], sample.conversation, sample.id]
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
-
-
-def compared(before: Sequence[Mapping[str, Json]], after: Sequence[Mapping[str, Json]]) -> dict[str, Json]:
-    """Exact match of two models' answers to the same questions (`Measurement.items`): `after` less `before`."""
-    was, now = ([item["correct"] for item in items] for items in (before, after))
-    worse, better = (sum(x and not y for x, y in zip(*pair)) for pair in ((was, now), (now, was)))
-    return {
-        "delta": (sum(now) - sum(was)) / len(was),
-        "ci95": list(paired_bootstrap(was, now, [item["image_id"] for item in before])),
-        "mcnemar_p": mcnemar(worse, better),
-    }
-
-
-def _by_tag(samples: Sequence[Sample], was: list[bool], now: list[bool]) -> dict[str, Json]:
-    """tag -> value -> n, value, reference, delta of exact match."""
-    groups: dict[str, dict[str, list[int]]] = {}
-    for i, sample in enumerate(samples):
-        for tag, value in sample.tags.items():
-            groups.setdefault(tag, {}).setdefault(value, []).append(i)
-    return {
-        tag: {value: _share(rows, was, now) for value, rows in sorted(values.items())} for tag, values in groups.items()
-    }
-
-
-def _share(rows: list[int], was: list[bool], now: list[bool]) -> dict[str, Json]:
-    before, after = sum(was[i] for i in rows) / len(rows), sum(now[i] for i in rows) / len(rows)
-    return {"n": len(rows), "value": after, "reference": before, "delta": after - before}

@@ -16,7 +16,7 @@ from ..compress.base import Batches, Context, Json, Progress, Silent, evaluating
 from .balance import Balance
 from .cost import cost
 from .dataset import CalibrationSet
-from .judge import compared
+from .metrics.paired import compared
 from .speech import Speech
 from .walk import Walk
 

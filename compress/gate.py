@@ -4,7 +4,8 @@ A gate in a recipe::
 
     gate: {metric: exact_match, max_drop: 0.01, on_fail: retry}
 
-or on the command line: ``--gate "exact_match max_drop=0.01 on_fail=retry"``.
+or on the command line: ``--gate "exact_match max_drop=0.01 on_fail=retry"``. Without `confidence` the figure itself is
+held against the bound; with it, what the check split proves of the figure (`compress.evidence`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from . import evidence as proof
 from .base import Json
 from .errors import RecipeError, did_you_mean
 
@@ -25,6 +27,8 @@ BOUNDS = {"exact_match": "max_drop", "agreement": "max_drop", "kl": "max", "perp
     SCORES, "max_drop"
 )
 ON_FAIL = ("stop", "skip", "keep", "retry")
+WITHOUT_EVIDENCE = ("perplexity", "cider")  # means without an upper end of which no bound is computed
+BY_QUESTION = ("exact_match",)  # metrics of which each question is one observation, so that a plan can tell how many
 
 
 @dataclass(frozen=True)
@@ -38,12 +42,15 @@ class Gate:
         max: largest value that passes.
         on_fail: `stop` restores the stage before and ends with exit code 1; `skip` restores and goes on; `keep` goes on
             with the worse model; `retry` walks the pass's ladder of milder settings until the gate holds, then stops.
+        confidence: passes only where the one-sided bound of the loss at this confidence, 0.95 say, is inside as well.
+            Where the check split is too small to tell, the gate does not hold and `on_fail` decides as ever.
     """
 
     metric: str = "exact_match"
     max_drop: float | None = None
     max: float | None = None
     on_fail: Literal["stop", "skip", "keep", "retry"] = "stop"
+    confidence: float | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.metric, str) or self.metric not in BOUNDS:
@@ -60,6 +67,22 @@ class Gate:
                 f"gate: {self.metric} takes '{need}', a number of at least 0",
                 found=str(self.to_json()),
                 change=f"gate: {{metric: {self.metric}, {need}: 0.01}}",
+            )
+
+        if self.confidence is not None:
+            self._check_confidence(value)
+
+    def _check_confidence(self, allowed: float) -> None:
+        value = self.confidence
+        if value is None or not _is_bound(value) or not 0.5 <= value < 1:
+            raise RecipeError("gate: 'confidence' is a number from 0.5 to below 1", found=repr(value), change="0.95")
+        if self.metric in WITHOUT_EVIDENCE:
+            raise RecipeError(f"gate: {self.metric} takes no 'confidence'", change="a gate on kl or exact_match")
+        if allowed == 0:
+            raise RecipeError(
+                "gate: no number of questions proves a loss of 0",
+                found=str(self.to_json()),
+                change=f"{BOUNDS[self.metric]}: 0.01, or no confidence",
             )
 
     @classmethod
@@ -126,8 +149,58 @@ class Gate:
             says = f"{self.metric} is {measured:.4g}"
         assert allowed is not None
         passed = math.isfinite(lost) and lost <= allowed + 1e-9
-        bound = f"{100 * allowed:.2f} points" if BOUNDS[self.metric] == "max_drop" else f"{allowed:.4g}"
-        return passed, f"{says}, allowed {bound}"
+        says = f"{says}, allowed {self._spell(allowed)}"
+        if self.confidence is None or not math.isfinite(lost):
+            return passed, says
+        sure, told = self._proves(quality["evidence"][self.metric], allowed)
+        return passed and sure, f"{says}; {told}"
+
+    def _proves(self, evidence: Mapping[str, Json], allowed: float) -> tuple[bool, str]:
+        """Whether the evidence suffices that no more than `allowed` was lost, and what it says instead."""
+        assert self.confidence is not None
+        most = proof.bound(evidence, self.confidence)
+        at = f"{100 * self.confidence:g} % confidence"
+        if most <= allowed:
+            return True, f"at {at} no more than {self._spell(most)}"
+        fewest = proof.bound(evidence, self.confidence, least=True)
+        if fewest > allowed:
+            return False, f"at {at} more than {self._spell(fewest)}"
+        enough = proof.needed(evidence, allowed, self.confidence)
+        told = f"at {at} up to {self._spell(most)}: cannot tell with n = {evidence['questions']:,}"
+        if enough is None:
+            return False, f"{told}, nor with more if they come out alike"
+        return False, f"{told}; {proof.rounded(max(enough, evidence['questions'] + 1)):,} needed"
+
+    def _spell(self, value: float) -> str:
+        return f"{100 * value:.2f} points" if BOUNDS[self.metric] == "max_drop" else f"{value:.4g}"
+
+    def foresees(self, check: int) -> str | None:
+        """What can be said before the run: that `check` questions will not suffice for the proof; None where they may.
+
+        Flips and their clustering are not known yet, those of `compress.evidence` are assumed, of a model that lost
+        nothing. Tokens, which agreement and KL count, cannot be foreseen.
+        """
+        if self.confidence is None or self.metric not in BY_QUESTION:
+            return None
+        allowed = getattr(self, BOUNDS[self.metric])
+        enough = proof.likely(allowed, self.confidence)
+        flips = f"{100 * proof.TYPICAL_FLIPS:g} % of the answers flip, half of them each way"
+        if enough is None:
+            advice = "no number of questions would"
+        else:
+            advice = f"where nothing is lost and {flips}, check: {proof.rounded(enough)} does in four runs of five"
+        claim = f"a loss of at most {self._spell(allowed)} at {100 * self.confidence:g} % confidence"
+        if check < proof.least(allowed, self.confidence):
+            return f"check: {check} cannot prove {claim}, whatever the model; {advice}"
+        if enough is None or check < enough:
+            return f"check: {check} is likely too few to prove {claim}; {advice}"
+        return None
+
+    def hopeless(self, check: int) -> bool:
+        """Whether no model whatever can hold the gate with so few questions."""
+        if self.confidence is None or self.metric not in BY_QUESTION:
+            return False
+        return check < proof.least(getattr(self, BOUNDS[self.metric]), self.confidence)
 
     def _score(self, quality: Mapping[str, Json]) -> Json:
         measured = quality.get("score") or {"name": "exact_match"}

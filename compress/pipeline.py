@@ -162,7 +162,8 @@ class Pipeline:
             }
             _, broken = ask_promises(view, self.find)
             if broken:  # such a model is judged as it is and never saved: its weights may fit no format any more
-                return self._judged(folder, view, facts, bench, step, index, trial, None, before)
+                now = time.perf_counter()
+                return self._judged(folder, view, facts, bench, step, index, trial, None, before, now)
             _save_applied(folder, view, bench, facts)
         return self._measured(folder, bench, step, index, trial, before)
 
@@ -179,10 +180,11 @@ class Pipeline:
         finished = folder.finished()
         if isinstance(finished, dict):
             return finished, folder.items()
+        start = time.perf_counter()
         view = self._load(folder.model)
         _same_logits(bench.probe(view)["logits"], folder.probe, f"stage {index}", logits_tolerance(view))
         stored = weight_bytes(folder.model)
-        return self._judged(folder, view, folder.apply_facts(), bench, step, index, trial, stored, before)
+        return self._judged(folder, view, folder.apply_facts(), bench, step, index, trial, stored, before, start)
 
     def _judged(
         self,
@@ -195,8 +197,12 @@ class Pipeline:
         trial: Pass | None,
         bytes_on_disk: int | None,
         before: StageFolder | None,
+        start: float,
     ) -> tuple[dict[str, Json], list[dict[str, Json]]]:
-        """Ask all promises, measure, put the gate's question, and mark the stage finished."""
+        """Ask all promises, measure, put the gate's question, and mark the stage finished.
+
+        Validation began at `start` (`time.perf_counter`): with loading the saved stage.
+        """
         kept, broken = ask_promises(view, self.find)
         quality, items = bench.measure(view, self.progress)
         passed, says = step.gate.judge(quality) if step and step.gate else (True, "no gate")
@@ -208,6 +214,7 @@ class Pipeline:
         notes = dict(facts["notes"])
         if told := remarks(trial.name, quality["exact_match"]["value"], controls) if trial else []:
             notes["remarks"] = [*notes.get("remarks", []), *told]
+        costs = bench.cost(view, bytes_on_disk)
         stage: dict[str, Json] = {
             "index": index,
             "pass": trial.name if trial else None,
@@ -217,9 +224,10 @@ class Pipeline:
             "gate_passed": passed,
             "gate_says": says,
             "seconds": facts["seconds"],
+            "seconds_measuring": round(time.perf_counter() - start, 3),
             "peak_rss_bytes": facts["peak_rss_bytes"],
             "quality": quality,
-            "cost": bench.cost(view, bytes_on_disk),
+            "cost": costs,
             "promises": kept,
             "broken_promise": broken,
             "notes": notes,
@@ -344,7 +352,7 @@ def _same_logits(logits: torch.Tensor, probe: Path, where: str, tolerance: float
 
 
 def _summary(entry: Mapping[str, Json]) -> dict[str, Json]:
-    keep = ("settings", "gate_says", "quality", "cost", "seconds", "broken_promise")
+    keep = ("settings", "gate_says", "quality", "cost", "seconds", "seconds_measuring", "broken_promise")
     return {k: entry[k] for k in keep} | {"verdict": "failed"}
 
 

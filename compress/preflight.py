@@ -17,7 +17,7 @@ import psutil
 import torch
 
 from .anatomy import ModelView, view_of
-from .errors import SvlmError, WorkFailed
+from .errors import RecipeError, SvlmError, WorkFailed
 from .pipeline import apply_pass
 from .recipe import Recipe
 from .storage import Finder, load_model, round_to_storage, save
@@ -36,10 +36,33 @@ def preflight(
 
     Raises:
         Unmet, SelectorError: a pass cannot do its work on this model.
+        RecipeError: a gate that asks for more evidence than the check split can hold.
         WorkFailed: too little disk or memory.
     """
+    check_evidence(recipe, bench.info["check"])
     check_room(recipe, original, out)
     rehearse(recipe, original, bench, find, options)
+
+
+def check_evidence(recipe: Recipe, check: int) -> None:
+    """A gate that no model can hold with `check` questions stops a run before it begins, unless it is to be ignored."""
+    for index, step in enumerate(recipe.steps, start=1):
+        if step.gate and step.gate.on_fail != "keep" and step.gate.hopeless(check):
+            raise RecipeError(
+                "the check split is too small for the confidence that a gate asks for",
+                where=f"step {index} ({step.step.name})",
+                found=step.gate.foresees(check) or "",
+                change="more check questions, a wider gate, or no confidence",
+            )
+
+
+def foreseen(recipe: Recipe, check: int) -> list[str]:
+    """What `check` questions will not suffice for, gate by gate, in words; the same of several steps once."""
+    told: dict[str, list[str]] = {}
+    for index, step in enumerate(recipe.steps, start=1):
+        if step.gate and (says := step.gate.foresees(check)):
+            told.setdefault(says, []).append(f"{index} ({step.step.name})")
+    return [f"careful: gate of step {', '.join(steps)}: {says}" for says, steps in told.items()]
 
 
 def check_room(recipe: Recipe, original: ModelView, out: Path) -> None:

@@ -93,6 +93,7 @@ def test_a_run_leaves_a_small_model_that_loads_and_answers(data, tmp_path):
     first, last = report["stages"]
     assert last["cost"]["bytes"] < 0.4 * first["cost"]["bytes"]
     assert first["quality"]["kl"] == pytest.approx(0, abs=1e-6) and first["quality"]["agreement"] == 1.0
+    assert first["seconds_measuring"] > 0 and last["seconds_measuring"] > 0 and last["quality"]["generated"] > 0
     assert (out / "report.html").is_file() and not (out / ".svlm" / "stages").exists()
     packed = [k for k in _tensors(out) if k.endswith("weight_packed")]
     assert packed and not any(k.replace("weight_packed", "weight") in _tensors(out) for k in packed)

@@ -76,3 +76,10 @@ def test_the_figures_in_the_readme_are_what_the_script_wrote() -> None:
     kept = json.loads(script.KEPT.read_text(encoding="utf-8"))
     assert shown == script.block(kept)
     assert kept["recipe"]["name"] == "default"
+
+
+def test_the_figures_of_verification_are_what_the_script_wrote() -> None:
+    from benchmarks import gates
+
+    kept = json.loads((ROOT / "benchmarks" / "results" / "gates.json").read_text(encoding="utf-8"))
+    assert gates.table(kept) in (ROOT / "docs" / "verification.md").read_text(encoding="utf-8")

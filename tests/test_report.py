@@ -294,3 +294,19 @@ def test_facts_besides_exact_match_are_told_where_they_are_there() -> None:
     assert last_facts(made) == [], "an old report"
     made["stages"][-1]["quality"] |= quality
     assert last_facts(made) == told and last_facts({"stages": made["stages"][:1]}) == []
+
+
+def test_the_share_of_validation_is_said_where_every_stage_knows_it() -> None:
+    report = reports.report()
+    assert not any("Validation" in sentence for sentence in headline(report)), "of old runs nobody knows it"
+    for stage in report["stages"]:
+        stage["seconds_measuring"] = 2.0
+        for tried in stage["tries"]:
+            tried["seconds_measuring"] = 3.0
+    seconds = sum(s["seconds"] + sum(t["seconds"] for t in s["tries"]) for s in report["stages"])
+    share = 100 * 11 / (seconds + 11)
+    assert f"Validation took {share:.0f} % of the run, 11 s." in headline(report)
+    assert [row["measuring"] for row in stage_rows(report)] == [2.0] * 4
+    assert "validation 2 s" in stage_line(report["stages"][1])
+    del report["stages"][3]["tries"][0]["seconds_measuring"]
+    assert not any("Validation" in sentence for sentence in headline(report))

@@ -1,6 +1,7 @@
 """Statistics of paired answers: the same questions, put to the original and to the small model.
 
-Questions about one picture are not independent, so the bootstrap draws pictures, not questions.
+Questions about one picture are not independent, so the bootstrap draws pictures, not questions. Of right and wrong
+answers its interval is too narrow where few flip: `paired.evidence` with `compress.evidence.interval` is for these.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ def paired_bootstrap(
 def mcnemar(right_to_wrong: int, wrong_to_right: int) -> float:
     """Two-sided p of the exact McNemar test: ``min(1, 2 P(X <= min(b, c)))``, X binomial(b + c, 1/2).
 
-    In whole numbers, so correctly rounded.
+    In whole numbers, so correctly rounded. Every flip counts as independent: of questions that share pictures,
+    `paired.sign_flip` is the test.
     """
     n, k = right_to_wrong + wrong_to_right, min(right_to_wrong, wrong_to_right)
     term = total = 1
@@ -57,12 +59,14 @@ def mcnemar(right_to_wrong: int, wrong_to_right: int) -> float:
     return min(1.0, 2 * total / 2**n)
 
 
-def detectable(discordant: int, n: int) -> float:
+def detectable(discordant: int, n: int, design_effect: float = 1.0) -> float:
     """The smallest difference that n pairs with this many discordant ones show with 80 % power at the 5 % level.
 
     The difference d solves ``d = (1.96 + 0.84) sqrt(s / n)`` (Connor 1987, to first order), s the share of discordant
-    pairs: the observed one, or d itself where that is more, for a difference of d takes at least that many.
+    pairs: the observed one, or d itself where that is more, for a difference of d takes at least that many. Of pairs
+    that come in clusters, n over the `design_effect` counts.
     """
     if n == 0:
         return 1.0
-    return min(1.0, max(POWER * math.sqrt(discordant / n / n), POWER**2 / n))
+    pairs = n / design_effect
+    return min(1.0, max(POWER * math.sqrt(discordant / n / pairs), POWER**2 / pairs))

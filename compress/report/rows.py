@@ -40,7 +40,7 @@ def stage_rows(report: Mapping[str, Any]) -> list[Row]:
     Returns:
         Rows with index, pass, settings, verdict, in_effect, says, max_drop, the keys of `quality_row`, bytes, ratio
         (original / this), parameters, visual_tokens, flops and latency_ms (up to the first token), decode_ms, kv_bytes,
-        seconds, remarks, controls (sentences).
+        seconds (of the pass), measuring (seconds of its validation), remarks, controls (sentences).
     """
     stages = report["stages"]
     original = (stages[0].get("cost") or {}).get("bytes") if stages else None
@@ -89,6 +89,7 @@ def _stage_row(stage: Mapping[str, Any], original: float | None) -> Row:
         "decode_ms": latency.get("decode_per_token"),
         "kv_bytes": cost.get("kv_bytes"),
         "seconds": stage.get("seconds"),
+        "measuring": stage.get("seconds_measuring"),
         "remarks": list((stage.get("notes") or {}).get("remarks") or []),
         "controls": [control_text(control) for control in stage.get("controls") or [] if "skipped" not in control],
     }
@@ -157,6 +158,7 @@ def headline(report: Mapping[str, Any]) -> list[str]:
         )
         worse, better = _answers(last["right_to_wrong"]), last["wrong_to_right"]
         sentences.append(f"{worse} went from right to wrong, {better} from wrong to right.")
+    sentences += validation(report)
     sentences += [_retried(stage) for stage in report["stages"] if stage.get("tries")]
     sentences += [f"Stage {row['index']}, {row['pass']}: {remark}" for row in rows for remark in row["remarks"]]
     if stop is not None:
@@ -179,6 +181,16 @@ def first_token(report: Mapping[str, Any]) -> list[str]:
     else:
         advice = "cutting visual tokens can pay before the language model"
     return [f"The original's time to the first token, {total:.1f} ms, is {shares}: {advice}."]
+
+
+def validation(report: Mapping[str, Any]) -> list[str]:
+    """What share of the run's time was validation; of rungs that were tried and rolled back as well."""
+    every = [entry for stage in report["stages"] for entry in (*(stage.get("tries") or []), stage)]
+    if any(entry.get("seconds_measuring") is None for entry in every):
+        return []
+    measuring = sum(entry["seconds_measuring"] for entry in every)
+    total = measuring + sum(entry.get("seconds") or 0.0 for entry in every)
+    return [f"Validation took {100 * measuring / total:.0f} % of the run, {measuring:.0f} s."] if total else []
 
 
 def _retried(stage: Mapping[str, Any]) -> str:
@@ -330,4 +342,5 @@ COLUMNS: tuple[Column, ...] = (
     Column("flops", "FLOPs", lambda r: amount(r["flops"])),
     Column("latency", "ms, first + next", latency),
     Column("seconds", "seconds", lambda r: number(r["seconds"], ".0f")),
+    Column("measuring", "validation, s", lambda r: number(r["measuring"], ".0f")),
 )

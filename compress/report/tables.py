@@ -83,7 +83,7 @@ def print_plan(recipe: Recipe, steps: list[dict[str, Any]], checks: list[str]) -
     cells = [[str(s["index"]), s["pass"], r.settings_text(s["settings"]), _gate_text(s)] for s in steps]
     print_table(["#", "pass", "settings", "gate"], cells)
     for check in checks:
-        print(f"✓ {check}")
+        print(f"{'!' if check.startswith('careful') else '✓'} {check}")
 
 
 def _gate_text(step: Mapping[str, Any]) -> str:
@@ -94,6 +94,8 @@ def _gate_text(step: Mapping[str, Any]) -> str:
         bound = f"{gate['metric']} may lose {100 * gate['max_drop']:g} points"
     else:
         bound = f"{gate['metric']} at most {gate['max']:g}"
+    if gate.get("confidence"):
+        bound += f", at {100 * gate['confidence']:g} % confidence"
     ladder = f" ({len(step['ladder'])} milder settings)" if step["ladder"] else ""
     return f"{bound}, else {gate['on_fail']}{ladder}"
 

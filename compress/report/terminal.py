@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 SHOWN = {
     0: ("stage", "verdict", "exact_match", "change", "bytes"),
     112: ("stage", "verdict", "exact_match", "change", "kl", "flips", "bytes"),
-    160: tuple(c.key for c in r.COLUMNS if c.key not in ("settings", "agreement", "flops")),
+    160: tuple(c.key for c in r.COLUMNS if c.key not in ("settings", "agreement", "flops", "measuring")),
 }
 
 
@@ -42,6 +42,8 @@ def stage_line(stage: Mapping[str, Any]) -> str:
         words.append(f"change {r.change(row)}")
     split = r.time_split(stage)
     words += [r.size(row["bytes"]), f"{r.number(row['seconds'], '.0f')} s" + (f" ({split})" if split else "")]
+    if row["measuring"] is not None:
+        words.append(f"validation {row['measuring']:.0f} s")
     return "; ".join(words) + (f" ({row['says']})" if row["verdict"] not in ("baseline", "passed") else "")
 
 

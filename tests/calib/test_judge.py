@@ -14,14 +14,16 @@ import pytest
 import torch
 from PIL import Image
 
-from svlm.calib import asking
+from svlm.calib import asking, foretold
 from svlm.calib import judge as judging
 from svlm.calib.dataset import CalibrationSet, ImageSource, Sample
 from svlm.calib.encode import Encoder
 from svlm.calib.judge import Judge, Measurement
-from svlm.calib.metrics.pairs import detectable, mcnemar, paired_bootstrap
+from svlm.calib.metrics.paired import evidence, sign_flip
+from svlm.calib.metrics.pairs import detectable, mcnemar
 from svlm.compress.anatomy import ModelView, view_of
 from svlm.compress.errors import RecipeError, WorkFailed
+from svlm.compress.evidence import interval
 from svlm.compress.gate import Gate
 from svlm.compress.report.rows import quality_row, tag_rows
 from svlm.compress.storage import load_model
@@ -84,7 +86,8 @@ def test_an_identical_model_loses_nothing(judge: Judge, samples: list[Sample]) -
     quality = judge.measure(load_model("demo")).quality
     match = quality["exact_match"]
     assert quality["kl"] == quality["kl_p99"] == 0.0 and quality["agreement"] == 1.0
-    assert match["delta"] == 0.0 and match["ci95"] == [0.0, 0.0] and match["mcnemar_p"] == 1.0
+    low, high = match["ci95"]
+    assert match["delta"] == 0.0 and -0.2 < low < 0 < high < 0.2 and match["mcnemar_p"] == match["p_images"] == 1.0
     assert match["right_to_wrong"] == match["wrong_to_right"] == quality["flips"] == 0
     assert match["value"] == match["reference"] > 0.8, "the demo model can do something"
     assert quality["n"] == 40 and quality["n_images"] == len({s.image_id for s in samples})
@@ -131,14 +134,22 @@ def test_figures_follow_from_the_items(measured: Measurement, samples: list[Samp
     assert match["value"] == sum(i["correct"] for i in items) / 40
     assert match["delta"] == pytest.approx((won - lost) / 40) == pytest.approx(match["value"] - match["reference"])
     pairs = ([i["reference_correct"] for i in items], [i["correct"] for i in items], [i["image_id"] for i in items])
-    assert match["ci95"] == list(paired_bootstrap(*pairs)) and match["ci95"][0] <= match["delta"] <= match["ci95"][1]
-    assert match["mcnemar_p"] == mcnemar(lost, won) and quality["detectable"] == detectable(lost + won, 40)
+    proof = quality["evidence"]["exact_match"]
+    assert proof == evidence(*pairs) and (proof["lost"], proof["gained"]) == (lost / 40, won / 40)
+    assert match["ci95"] == list(interval(proof)) and match["ci95"][0] <= match["delta"] <= match["ci95"][1]
+    assert match["mcnemar_p"] == mcnemar(lost, won) and match["p_images"] == sign_flip(*pairs)
+    assert quality["detectable"] == detectable(lost + won, 40, proof["design_effect"])
+    agreement, divergence = quality["evidence"]["agreement"], quality["evidence"]["kl"]
+    assert agreement["lost"] == pytest.approx(1 - quality["agreement"]) and agreement["gained"] == 0
+    assert agreement["n"] > agreement["questions"] == 40 and agreement["images"] == quality["n_images"]
+    assert divergence["value"] == pytest.approx(quality["kl"]) and divergence["error"] > 0 and divergence["skew"] > 0
     kinds = quality["by_tag"]["kind"]
     assert sum(k["n"] for k in kinds.values()) == 40
     assert sum(k["n"] * k["delta"] for k in kinds.values()) == pytest.approx(won - lost)
     for name, numbers in kinds.items():
         mine = [i["correct"] for i, s in zip(items, samples) if s.tags["kind"] == name]
         assert numbers["value"] == sum(mine) / len(mine) and numbers["n"] == len(mine)
+        assert numbers["ci95"][0] <= numbers["delta"] <= numbers["ci95"][1] and numbers["p"] <= numbers["p_holm"] <= 1
 
 
 def test_the_report_and_the_gate_can_read_it(measured: Measurement) -> None:
@@ -399,11 +410,65 @@ def test_logits_and_labels_meet_as_the_family_has_them(family: str) -> None:
 
 def test_progress_is_told(judge: Judge, worse: ModelView) -> None:
     judge.reference()  # asked once
-    told = SimpleNamespace(total=0, steps=0, ended=False)
+    told = SimpleNamespace(total=0, steps=0, begun=0, ended=0)
+
+    def start(what: str, total: int) -> None:
+        told.begun, told.total = told.begun + 1, told.total + total
+
     progress: Any = SimpleNamespace(
-        start=lambda what, total: setattr(told, "total", told.total + total),
+        start=start,
         step=lambda n=1, note="": setattr(told, "steps", told.steps + n),
-        done=lambda: setattr(told, "ended", told.steps == told.total),
+        done=lambda: setattr(told, "ended", told.ended + 1),
     )
     judge.measure(worse, progress)
-    assert told.steps == told.total == 2 * 3 + 1 and told.ended
+    assert 3 + 1 < told.steps == told.total <= 2 * 3 + 1 and told.begun == told.ended == 3
+
+
+# -------------------------------------------------------------------------------------- answers that need no generating
+
+
+def test_answers_that_the_forward_told_are_those_of_generate(
+    judge: Judge, worse: ModelView, measured: Measurement, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count = measured.quality["generated"]
+    assert BATCH <= count < 40, "one batch shows that generate agrees, and wrong answers are generated"
+    monkeypatch.setattr(foretold.Foretold, "says", lambda *_: False)
+    slow = judge.measure(worse)
+    assert slow.quality["generated"] == 40
+    for one, other in zip(slow.items, measured.items, strict=True):
+        assert one == other | {"confidence": pytest.approx(other["confidence"], rel=1e-4)}
+    rounded = {key: slow.quality[key] for key in ("generated", "calibration")}  # with a cache the last bits differ
+    assert slow.quality == measured.quality | rounded
+    assert slow.quality["calibration"]["ece"] == pytest.approx(measured.quality["calibration"]["ece"], abs=1e-4)
+
+
+def test_where_generate_does_not_agree_every_answer_is_generated(
+    judge: Judge, worse: ModelView, measured: Measurement, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(foretold.Foretold, "says", lambda *_: True)
+    wrong = judge.measure(worse)
+    assert wrong.quality["generated"] == 40 and wrong.items == measured.items
+
+
+def test_what_counts_as_told(original: ModelView) -> None:
+    told = foretold.Foretold(original, 3, lambda rows: ["?" for _ in rows])
+    (end, *_) = told.ends
+    size = original.model.config.get_text_config().vocab_size
+    other = next(i for i in range(size) if i not in told.ends)
+
+    def says(*ids: int, gap: float = 1.0) -> bool:
+        rows = torch.zeros(len(ids), size)
+        rows[torch.arange(len(ids)), list(ids)] = gap
+        return told.says(rows.log_softmax(-1), torch.tensor(ids))
+
+    assert says(other, end) and says(end)
+    assert not says(other, end, gap=0.05), "too close"
+    assert not says(other) and not says(other, end, end) and not says(other, other, other, end)
+    assert not told.says(torch.eye(size)[[other, other]], torch.tensor([other, end])), "says another token"
+    settings = original.model.generation_config
+    before = settings.repetition_penalty
+    try:
+        settings.repetition_penalty = 1.2
+        assert not foretold.Foretold(original, 3, told.decode).ends
+    finally:
+        settings.repetition_penalty = before
