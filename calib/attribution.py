@@ -29,7 +29,8 @@ from ..compress.parts import Group, Parts
 from ..compress.report.attribution import share
 from ..compress.report.rows import points
 from ..compress.runtime.reduce import installed
-from .judge import Judge, compared
+from .judge import Judge
+from .metrics.paired import compared
 from .metrics.shares import interval, resampled_shares
 from .replay import replaying, rewrapped
 from .workbench import Workbench

@@ -184,12 +184,17 @@ def _embeddings(stages: list[dict[str, Any]]) -> Any:
                     [p[0] for p in points], [p[1] for p in points], s=9, color=colour, marker=marker, alpha=0.55,
                     linewidths=0, label=kind,
                 )  # fmt: skip
-            for number, limits in enumerate((axes.set_xlim, axes.set_ylim)):  # one scale for all stages
-                ends = [p[number] for s in stages for kind in s["points"].get(place, {}).values() for p in kind]
-                room = 0.04 * (max(ends) - min(ends)) if ends else 1.0
-                limits(min(ends, default=0.0) - room, max(ends, default=0.0) + room)
+            every = [p for s in stages for kind in s["points"].get(place, {}).values() for p in kind]
+            axes.set_xlim(*_limits([x for x, _ in every]))  # one scale for all stages
+            axes.set_ylim(*_limits([y for _, y in every]))
             axes.set_xticks([])
             axes.set_yticks([])
             figures.titled(axes, "" if line else stage["name"], y="" if column else place)
     figures.legend(panels[0])
     return figure
+
+
+def _limits(ends: Sequence[float]) -> tuple[float, float]:
+    """Of an axis, with a little room around what lies on it."""
+    room = 0.04 * (max(ends) - min(ends)) if ends else 1.0
+    return min(ends, default=0.0) - room, max(ends, default=0.0) + room
