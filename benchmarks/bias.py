@@ -61,14 +61,14 @@ def student(teacher: ModelView, o: argparse.Namespace, data: svlm.CalibrationSet
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--amount", type=float, default=5.0, help="on the logit")
+    parser.add_argument("--amount", type=float, default=8.0, help="on the logit")
     parser.add_argument("--ratio", type=float, default=0.5)
-    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--train", default="full")
-    parser.add_argument("--fit", type=int, default=64)
-    parser.add_argument("--check", type=int, default=256)
+    parser.add_argument("--fit", type=int, default=128)
+    parser.add_argument("--check", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the table here")
     o = parser.parse_args()

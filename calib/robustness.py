@@ -119,7 +119,8 @@ def compared(
     pictures = Pictures.of(names)
     # one table: a row a picture; of each change (the unchanged first) the questions, and the sums of what was right
     first = Pictures(pictures.index[: len(samples)], pictures.count)
-    start, rows, tables = len(samples), [], []
+    rows: list[dict[str, Any]] = []
+    start, tables = len(samples), []
     for change, right in answered:
         n = len(change.samples)
         here = Pictures(pictures.index[start : start + n], pictures.count)
@@ -131,7 +132,8 @@ def compared(
         rows.append({"change": change.name, "strength": change.strength, "n": n,
                      "value": float(now[1]), "reference": float(now[0]),
                      "loss": float(lost[1]), "reference_loss": float(lost[0])})  # fmt: skip
-    groups = {name: [i for i, row in enumerate(rows) if row["change"] == name] for name in (r["change"] for r in rows)}
+    changed = dict.fromkeys(change.name for change, _ in answered)
+    groups = {name: [i for i, row in enumerate(rows) if row["change"] == name] for name in changed}
     corruptions = [i for name, places in groups.items() if name in CORRUPTIONS for i in places]
 
     def statistic(weights: Weights) -> Weights:

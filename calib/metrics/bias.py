@@ -159,12 +159,11 @@ def _associations(
     kept = {answer for answer, _ in Counter(truth).most_common(MOST)}
     every = sorted(kept | {OTHER})
     codes = [_codes([every.index(a if a in kept else OTHER) for a in said]) for said in (truth, was, now)]
-    return {tag: _association(pictures, labels, *codes, len(every)) for tag, labels in _tags(tags).items()}
+    return {tag: _association(pictures, labels, codes, len(every)) for tag, labels in _tags(tags).items()}
 
 
-def _association(
-    pictures: Pictures, labels: list[str], truth: Codes, was: Codes, now: Codes, wide: int
-) -> dict[str, Any]:
+def _association(pictures: Pictures, labels: list[str], codes: Sequence[Codes], wide: int) -> dict[str, Any]:
+    truth, was, now = codes
     names = sorted(set(labels))
     tag = _codes([names.index(label) for label in labels])
     sign = _together(_joint(tag, truth, wide))
