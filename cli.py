@@ -224,20 +224,22 @@ def compress(
 @cli.command()
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--against", required=True, metavar="MODEL", help="The original.")
+@click.option("-o", "--output", "folder", type=click.Path(path_type=Path), help="Folder for verify.json, verify.html.")
 @data_option
 @gate_option
 @anatomy_option
 @speed
 @printing
 def verify(
-    out: Path, against: str, data: str | None, gate: str | None, anatomy: Path | None, batch_size: int, as_json: bool
+    out: Path, against: str, folder: Path | None, data: str | None, gate: str | None, anatomy: Path | None,
+    batch_size: int, as_json: bool,
 ) -> int:  # fmt: skip
     """Compare OUT with the original from disk: the paired difference on the check split.
 
     \b
     Examples:
       svlm verify runs/demo --against demo
-      svlm verify runs/int4 --against ./my-vlm -d questions.jsonl --gate "exact_match max_drop=0.02"
+      svlm verify runs/int4 --against ./my-vlm -d questions.jsonl --gate "exact_match max_drop=0.02" -o checked
     """
     from .compress.gate import Gate
 
@@ -248,28 +250,45 @@ def verify(
     from .passes.api import verify as compare
 
     with progress() as told:
-        result = compare(out, against, samples, gate=limit, batch_size=batch_size, progress=told, rows=_rows(anatomy))
+        options = {"gate": limit, "batch_size": batch_size, "rows": _rows(anatomy), "folder": folder}
+        result = compare(out, against, samples, progress=told, **options)
     _print_json(result) if as_json else print_comparison(result)
     return 0 if result["passed"] else 1
 
 
 @cli.command()
-@click.argument("out", type=click.Path(path_type=Path))
-@click.option("--markdown", "as_markdown", is_flag=True, help="Print Markdown.")
+@click.argument("outs", metavar="OUT...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("-o", "--output", "page", type=click.Path(path_type=Path), help="Of several runs: a file for the page.")
+@click.option("--other-data", is_flag=True, help="Compare runs that were judged on different questions; it says so.")
+@click.option("--markdown", "as_markdown", is_flag=True, help="Print Markdown; of one run.")
 @printing
-def report(out: Path, as_markdown: bool, as_json: bool) -> None:
-    """The stage table of a run, and where its HTML report lies.
+def report(outs: tuple[Path, ...], page: Path | None, other_data: bool, as_markdown: bool, as_json: bool) -> None:
+    """The stage table of a run, and where its HTML report lies; several runs beside each other.
 
     \b
     Examples:
       svlm report runs/demo
       svlm report runs/demo --markdown >> NOTES.md
+      svlm report runs/int4 runs/small runs/tiny -o compare.html
     """
     from .compress.report import markdown, read
 
+    out, *more = outs
     if as_json and as_markdown:
         raise click.UsageError("give --json or --markdown, not both")
-    if as_markdown:
+    if more and as_markdown:
+        raise click.UsageError("--markdown is about one run")
+    if not more and (page or other_data):
+        raise click.UsageError("--output and --other-data are about several runs")
+    if more:
+        from .compress.report.compare import print_runs, write_comparison
+        from .passes.compare import compare_runs
+
+        facts = compare_runs(outs, other_data=other_data)
+        if page:
+            write_comparison(page, facts)
+        _print_json(facts) if as_json else print_runs(facts)
+    elif as_markdown:
         click.echo(markdown(read(out)), nl=False)
     else:
         _show_run(out, as_json)

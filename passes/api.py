@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..calib.dataset import CalibrationSet
+from ..calib.dataset import CalibrationSet, fingerprint
 from ..calib.workbench import Workbench
 from ..compress import __version__, disk, storage
 from ..compress.anatomy import ModelView
@@ -21,17 +21,19 @@ from ..compress.families import Family
 from ..compress.gate import Gate
 from ..compress.pipeline import Outcome, Pipeline, logits_tolerance
 from ..compress.preflight import preflight
-from ..compress.publish import prove_reload, publish
+from ..compress.publish import prove_reload, publish, stock_loads
 from ..compress.recipe import Recipe
 from ..compress.recipe import read_recipe as _read_recipe
-from ..compress.report import gallery_rows, write
+from ..compress.report import gallery_rows, write_run
 from ..compress.report import read as read_report
+from ..compress.report.verified import write_verified
 from ..compress.runtime.kernels.measure import cpu_name
 from ..compress.stages import RunFolder
 from ..recipes import SHIPPED
 from . import find
 
 RUNTIMES = ("torch", "openvino")
+STOCK_LOGITS = 2e-2  # relative: stock loaders unpack to 16 bits and round in other places
 
 
 def load_view(
@@ -213,15 +215,20 @@ def _finish(
     report["reload"] = prove_reload(
         run.out, outcome.model.parent / "probe.safetensors", {"threads": torch.get_num_threads()}
     )
-    write(run.out, report, gallery_rows(bench.data.check, outcome.items[0], _last_good(outcome)))
+    index, answers = _last_good(outcome)
+    questions = fingerprint((), bench.data.check)
+    gallery = gallery_rows(bench.data.check, outcome.items[0], answers)
+    kept = {"questions": questions, "stage": index, "items": answers}
+    write_run(run.out, report, gallery, kept, storage.folder_of(str(original.source)))
     if not o.keep_stages:
         run.tidy()
     return report
 
 
-def _last_good(outcome: Outcome) -> list[dict[str, Json]]:
+def _last_good(outcome: Outcome) -> tuple[int, list[dict[str, Json]]]:
+    """The number of the stage that OUT holds, and its answers."""
     good = [
-        items
+        (stage["index"], items)
         for stage, items in zip(outcome.report["stages"], outcome.items)
         if stage["verdict"] not in ("failed", "skipped")
     ]
@@ -240,10 +247,12 @@ def verify(
     check: int | None = None,
     seed: int | None = None,
     rows: Sequence[Family] = (),
+    folder: Path | None = None,
 ) -> dict[str, Json]:
     """The paired comparison of a saved model with its original, from disk, on the check split that the run used.
 
     Counts and seed default to those of the run that made `out`, so that the figures are the report's.
+    `folder`: where verify.json and verify.html go, if anywhere.
     """
     made = read_report(out) if (Path(out) / "report.json").is_file() else {}
     c = made.get("recipe", {}).get("calibration", {})
@@ -257,9 +266,9 @@ def verify(
     samples = CalibrationSet.load(data, **pick)
     original, small = load_view(against, rows=rows), load_view(out, rows=rows)
     bench = Workbench(original, samples, batch_size=batch_size, latency=False, progress=progress)
-    quality, _ = bench.measure(small)
+    quality, items = bench.measure(small)
     passed, says = gate.judge(quality) if gate else (True, "no gate")
-    return {
+    result = {
         "model": str(out),
         "against": str(against),
         "data": bench.info,
@@ -268,6 +277,9 @@ def verify(
         "passed": passed,
         "says": says,
     }
+    if folder is not None:
+        write_verified(folder, result | {"environment": environment()}, gallery_rows(samples.check, None, items))
+    return result
 
 
 def export_model(spec: str | Path, name: str, folder: str | Path, **options: Any) -> dict[str, Json]:
@@ -300,8 +312,12 @@ def answer_probe(out: str, probe: str, answer: str) -> None:
         logits = view.model(**batch).logits.float()
     same = logits.shape == expected.shape
     difference = float((logits - expected).abs().max()) if same else float("inf")
-    same = same and difference <= logits_tolerance(view) * max(1.0, float(expected.abs().max()))
-    disk.write_json(Path(answer), {"same": same, "max_abs_diff": difference})
+    tolerance = logits_tolerance(view) * max(1.0, float(expected.abs().max()))
+    same = same and difference <= tolerance
+    parameters, alike = sum(p.numel() for p in view.model.parameters()), STOCK_LOGITS * float(expected.abs().max())
+    del view
+    stock = stock_loads(out, batch, expected, max(tolerance, alike), parameters)
+    disk.write_json(Path(answer), {"same": same, "max_abs_diff": difference, "stock": stock})
 
 
 __all__ = [

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from . import rows as r
+from . import words as w
 from .terminal import print_table
 
 if TYPE_CHECKING:
@@ -71,14 +72,14 @@ def print_anatomy(facts: Mapping[str, Any]) -> None:
 
 
 def _weight(facts: Mapping[str, Any]) -> tuple[str, str]:
-    return r.amount(facts["parameters"]), r.size(facts["bytes"])
+    return w.amount(facts["parameters"]), w.size(facts["bytes"])
 
 
 def print_plan(recipe: Recipe, steps: list[dict[str, Any]], checks: list[str]) -> None:
     """The steps of a recipe (`compress.pipeline.describe_steps`) and the checks that were made."""
     c = recipe.calibration
     print(f"recipe {recipe.name}: passes look at {c.fit} questions, {c.check} others judge every stage, seed {c.seed}")
-    cells = [[str(s["index"]), s["pass"], r.settings_text(s["settings"]), _gate_text(s)] for s in steps]
+    cells = [[str(s["index"]), s["pass"], w.settings_text(s["settings"]), _gate_text(s)] for s in steps]
     print_table(["#", "pass", "settings", "gate"], cells)
     for check in checks:
         print(f"✓ {check}")
@@ -100,8 +101,8 @@ def print_comparison(result: Mapping[str, Any]) -> None:
     """What `svlm verify` found: one row, and the gate's verdict."""
     row = r.quality_row(result["quality"])
     cells = [
-        r.percent(row["reference"]), r.percent(row["exact_match"]), r.change(row), r.flips(row),
-        r.number(row["mcnemar_p"], ".3g"), r.number(row["kl"], ".4f"), r.percent(row["agreement"]),
+        w.percent(row["reference"]), w.percent(row["exact_match"]), r.change(row), r.flips(row),
+        w.number(row["mcnemar_p"], ".3g"), w.number(row["kl"], ".4f"), w.percent(row["agreement"]),
     ]  # fmt: skip
     titles = ["original", "this", "change, points [95\u00a0%]", "flips", "McNemar p", "KL", "agree"]
     print_table(titles, [cells], right=[True] * len(titles))
