@@ -10,6 +10,11 @@ from .sections import analysis, bias_rows, last_quality
 from .words import NOTHING, number, percent, signed
 
 MEASURES = {"cka": "CKA", "mutual_knn": "mutual k-NN"}  # of alignment, both from 0 (unlike) to 1 (alike)
+COLUMNS = {  # of the table of alignment
+    "cka": "CKA", "cka_text": "CKA, text", "cka_visual": "CKA, visual", "mutual_knn": "mutual k-NN",
+    "reference_between_knn": "visual–text k-NN, original", "between_knn": "now",
+    "reference_mir": "MIR, original", "mir": "now",
+}  # fmt: skip
 BINS_LEAST = 1  # answers in a bin of the calibration plot
 
 
@@ -29,20 +34,21 @@ def _alignment(found: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     parts = list(dict.fromkeys(str(row.get("part", "blocks")) for row in blocks))
     by_part = {part: [row for row in blocks if str(row.get("part", "blocks")) == part] for part in parts}
+    drawn = {part: rows for part, rows in by_part.items() if len(rows) > 1} or by_part
     panels = [
         Panel(
             part,
             [_tick(row.get("block"), i) for i, row in enumerate(rows)],
             [Line(word, [row.get(key) for row in rows]) for key, word in MEASURES.items() if _any(rows, key)],
         )
-        for part, rows in by_part.items()
+        for part, rows in drawn.items()
         if any(_any(rows, key) for key in MEASURES)
     ]
     plots = []
     if panels:
         plot = lines_svg("alignment", "alignment by block", panels, x="block", y="1: alike", top=1.03)
         plots.append((plot, "Result against original, block by block", "The same pictures and questions through both."))
-    mir = {part: rows for part, rows in by_part.items() if _any(rows, "mir")}
+    mir = {part: rows for part, rows in drawn.items() if _any(rows, "mir")}
     if mir:
         panels = [
             Panel(
@@ -58,17 +64,16 @@ def _alignment(found: Mapping[str, Any]) -> dict[str, Any] | None:
         ]
         plot = lines_svg("mir", "modality gap by block", panels, x="block", y="distance of modalities")
         plots.append((plot, "Visual against text tokens", "Modality integration by block: lower is better."))
-    keys = [key for key in ("cka", "mutual_knn", "reference_mir", "mir") if _any(blocks, key)]
+    keys = [key for key in COLUMNS if _any(blocks, key)]
     return {
         "id": "alignment",
         "title": "Alignment by block",
         "sentences": _sentences(found),
         "note": "How alike the inner states of result and original are. It explains a loss; the answers judge it.",
         "plots": plots,
-        "titles": ["block", *(MEASURES.get(key, key.replace("_", " ")) for key in keys)],
+        "titles": ["block", *(COLUMNS[key] for key in keys)],
         "rows": [
-            [f"{row.get('part', 'block')} {row.get('block', '')}".strip(), *(number(row.get(k), ".4f") for k in keys)]
-            for row in blocks
+            [str(row.get("name") or _part(row)), *(number(row.get(key), ".4f") for key in keys)] for row in blocks
         ],
     }
 
@@ -98,22 +103,24 @@ def _robustness(found: Mapping[str, Any]) -> dict[str, Any] | None:
         plots.append(
             (plot, "Points lost as pictures get worse", "Of each model against its own answers to clean pictures.")
         )
+    every = found.get("by_change") or {name: points[-1] for name, points in curves.items()}
     forest = [
         Found(
-            f"{row['change']}".replace("_", " ") + ("" if row.get("strength") is None else f" {row['strength']:g}"),
-            100 * row["difference"], *_ends(row, 100), f"{100 * row['difference']:+.1f}", _clear(row) > 0,
+            name.replace("_", " "), 100 * row["difference"], *_ends(row, 100),
+            signed(100 * row["difference"], "+.1f"), bool(row.get("clear", _clear(row) > 0)),
         )
-        for row in _hardest(curves)
+        for name, row in every.items()
         if row.get("difference") is not None
     ]  # fmt: skip
     if forest:
         plot = forest_svg("robust-difference", "difference in loss", forest, unit="points")
-        note = "At the greatest strength, with 95 % intervals. Right of the line: the result loses more."
+        where = "Over all strengths" if found.get("by_change") else "At the greatest strength"
+        note = f"{where}, with 95 % intervals. ■, right of the line: the result loses more."
         plots.append((plot, "What the result loses more than the original", note))
     return {
         "id": "robustness",
         "title": "Robustness",
-        "sentences": _sentences(found),
+        "sentences": _sentences(found) + [f"Left out: {k} ({v})." for k, v in (found.get("left_out") or {}).items()],
         "note": "What each model loses when pictures or prompts change, on the same questions.",
         "plots": plots,
         "titles": ["change", "strength", "original loses", "result loses", "difference, points [95 %]"],
@@ -128,7 +135,9 @@ def _robustness(found: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _attribution(found: Mapping[str, Any]) -> dict[str, Any] | None:
-    rows = [*(found.get("parts") or []), *(found.get("blocks") or [])]
+    inner = found.get("blocks") or []
+    blocks = [row for rows in inner.values() for row in rows] if isinstance(inner, Mapping) else list(inner)
+    rows = [{**row, **(row.get("restored") or {})} for row in (*(found.get("parts") or []), *blocks)]
     rows = [row for row in rows if row.get("share") is not None or row.get("kl") is not None]
     if not rows:
         return None
@@ -217,10 +226,6 @@ def _clear(row: Mapping[str, Any]) -> int:
     return 0 if low is None or high is None else int(low > 0) - int(high < 0)
 
 
-def _hardest(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Mapping[str, Any]]:
-    return [rows[-1] for rows in curves.values()]
-
-
 def _between(row: Mapping[str, Any], key: str, factor: float, form: str, unit: str = "") -> str:
     if row.get(key) is None:
         return NOTHING
@@ -230,6 +235,8 @@ def _between(row: Mapping[str, Any], key: str, factor: float, form: str, unit: s
 
 
 def _part(row: Mapping[str, Any]) -> str:
+    if isinstance(row.get("block"), str):
+        return str(row["block"])  # its whole name: ``vision.blocks[2]``
     return " ".join(str(row[key]) for key in ("part", "block") if row.get(key) is not None)
 
 

@@ -23,7 +23,7 @@ MARK = "<!-- written by svlm from report.json -->"
 KEPT = ("license", "license_name", "license_link", "language", "extra_gated_prompt", "extra_gated_fields")
 LICENCES = re.compile(r"(?i)(licen[cs]e|notice|use_policy)(\.(md|txt|rst))?")  # whole names of files
 SHOWN = ("stage", "settings", "exact_match", "change", "kl", "flips", "bytes", "visual_tokens", "latency")
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def card_files(report: Mapping[str, Any], out: Path, original: Path | None) -> dict[str, str]:

@@ -19,7 +19,7 @@ FLIPS = {
     "same": "same answer",
 }
 # of `rows.COLUMNS`, what the stage table of the page leaves to the table of all figures
-LESS = ("settings", "agreement", "parameters", "flops")
+LESS = ("settings", "agreement", "parameters", "flops", "measuring")
 
 
 def render(template: str, title: str, **values: Any) -> str:
@@ -76,6 +76,7 @@ def html(report: Mapping[str, Any], gallery: Sequence[Mapping[str, Any]] = ()) -
         "checks": s.checks(report),
         "reliability": markup(a.reliability_svg(report)),
         "bias": s.bias_rows(report),
+        "bias_says": (s.last_quality(report).get("bias") or {}).get("says") or [],
         "bias_plot": markup(a.bias_svg(report)),
         "analyses": [_marked(section) for section in a.sections(report)],
         "tries": r.try_rows(report),
