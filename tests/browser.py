@@ -66,4 +66,4 @@ def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
     assert CHROMIUM is not None
     common = ("--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=4000", "--no-first-run")
     command = [CHROMIUM, *common, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)

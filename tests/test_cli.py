@@ -336,17 +336,21 @@ def test_a_run_leaves_a_model_and_its_report(finished: tuple[Path, int]) -> None
     text = (out / "report.html").read_text()
     assert text.count("<img ") == 10
     assert "quantize.rtn" in text
+    assert report["reload"]["stock"] == {"works": True, "says": ""}
+    assert len(json.loads((out / "answers.json").read_text())["items"]) == report["data"]["check"]
+    assert "## How to load it" in (out / "README.md").read_text()
 
 
-def test_verify_finds_the_figures_of_the_report(run: Run, finished: tuple[Path, int]) -> None:
+def test_verify_finds_the_figures_of_the_report(run: Run, finished: tuple[Path, int], tmp_path: Path) -> None:
     out, _ = finished
     code, text, err = run("verify", out, "--against", "demo", "--json")
     assert code == 0, err
     result = json.loads(text)
     report = json.loads((out / "report.json").read_text())
     assert result["quality"]["exact_match"] == report["stages"][-1]["quality"]["exact_match"]
-    code, text, _ = run("verify", out, "--against", "demo", "--gate", "kl max=0")
+    code, text, _ = run("verify", out, "--against", "demo", "--gate", "kl max=0", "-o", tmp_path)
     assert code == 1
+    assert "gate fails" in (tmp_path / "verify.html").read_text()
     assert "gate FAILS: kl is" in text
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from svlm import cli
 from svlm.compress.errors import DataError, UsageError
 from svlm.compress.report import html
 from svlm.compress.report.analyses import sections
@@ -221,6 +222,21 @@ def test_runs_of_an_earlier_svlm_are_known_by_both_splits(tmp_path: Path) -> Non
     write_texts(first, {"report.json": json.dumps(report)})
     with pytest.raises(DataError, match="different questions"):
         compare_runs([first, second])
+
+
+def test_the_command_line_compares_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = _runs(tmp_path, {"good": (), "bad": (2, 4, 6)})
+    page = tmp_path / "pages" / "compare.html"
+    assert cli.main(["report", str(first), str(second), "-o", str(page)]) == 0
+    out = capsys.readouterr().out
+    for words in ("bad less good", "quantize.gptq: bits", "is the smallest"):
+        assert words in out, words
+    assert page.is_file()
+    assert cli.main(["report", str(first), str(second), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["pairs"][0]["n"] == 60
+    for wrong in (["--markdown", str(second)], ["-o", str(page)], ["--other-data"], [str(tmp_path / "none")]):
+        assert cli.main(["report", str(first), *wrong]) == 2
+    capsys.readouterr()
 
 
 def test_one_run_is_no_comparison(tmp_path: Path) -> None:
