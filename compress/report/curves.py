@@ -7,17 +7,13 @@ from dataclasses import dataclass, field
 
 from .svg import BAD, GOOD, INK, LINE, MUTED, SERIES, by_line, empty, label, legend, svg
 
-Figures = Sequence[float | None]
-
 
 @dataclass(frozen=True)
 class Line:
-    """One curve: its name in the legend, its figures (None: not measured), and the ends of its intervals."""
+    """One curve: its name in the legend, its figures (None: not measured)."""
 
     name: str
-    values: Figures
-    low: Figures = ()
-    high: Figures = ()
+    values: Sequence[float | None]
 
 
 @dataclass(frozen=True)
@@ -41,7 +37,7 @@ def lines_svg(
     columns = 1 if len(panels) == 1 else 2
     rows = -(-len(panels) // columns)
     figure, every = empty(2.3 if rows == columns == 1 else 0.35 + 1.55 * rows, columns=columns, rows=rows)
-    ends = [v for p in panels for line in p.lines for v in (*line.values, *line.low, *line.high) if v is not None]
+    ends = [v for p in panels for line in p.lines for v in line.values if v is not None]
     least, most = min(ends, default=0.0), max(ends, default=1.0)
     room = 0.06 * (most - least) or 0.1 * abs(most) or 0.1
     for axes in every[len(panels) :]:
@@ -56,13 +52,11 @@ def lines_svg(
         if diagonal:
             axes.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
         for line, (colour, marker, dashes) in zip(panel.lines, SERIES):
-            there = [j for j, value in enumerate(line.values) if value is not None]
+            dots = [(at, value) for at, value in zip(xs, line.values) if value is not None]
             axes.plot(
-                [xs[j] for j in there], [line.values[j] for j in there], color=colour, marker=marker, linestyle=dashes,
+                [at for at, _ in dots], [value for _, value in dots], color=colour, marker=marker, linestyle=dashes,
                 linewidth=1.4, markersize=3.6, label=line.name,
             )  # fmt: skip
-            for j in there if line.low and line.high else ():
-                axes.plot([xs[j]] * 2, [line.low[j], line.high[j]], color=colour, linewidth=2.4, alpha=0.35)
         axes.set_ylim(min(least - room, 0.0) if diagonal else least - room, top if top is not None else most + room)
         axes.set_title(panel.title, color=INK, fontsize=8.5, loc="left")
         axes.grid(axis="y", color=LINE, linewidth=0.7)

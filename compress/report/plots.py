@@ -82,8 +82,7 @@ def paths_svg(runs: Mapping[str, Sequence[Row]], key: str, unit: str, scale: flo
             axes.plot([x], [y], marker=own[1], color=own[0], markersize=6)
             marks.append((x, y))
             texts.append(str(row["index"]) if not name else name if row is rows[-1] else "")
-    named = [(m, t) for m, t in zip(marks, texts) if t]
-    apart(axes, marks, texts) if len(named) == len(marks) else apart(axes, *zip(*named))  # type: ignore[arg-type]
+    apart(figure, axes, marks, texts)
     return svg(figure, f"path-{key}", f"accuracy against {unit}")
 
 

@@ -34,6 +34,7 @@ WIDTH = 3.4  # inches: narrow enough for a phone at its own size
 SIDES = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, -1))
 # where a label may stand beside its mark, in points: the first that is free and nearest to its own mark is taken
 PLACES = [(r * x, r * y) for r in (8, 13, 20, 30) for x, y in SIDES]
+CHARACTER = 5.2  # points: the width of a letter, about
 NEAR = 2 * len(SIDES)  # places beyond these get a line to their mark
 
 
@@ -80,18 +81,20 @@ def legend(figure: Figure, handles: Sequence[Artist], *, columns: int) -> None:
     )  # fmt: skip
 
 
-def apart(axes: Axes, marks: Sequence[tuple[float, float]], texts: Sequence[str], *, character: float = 5.2) -> None:
+def apart(figure: Figure, axes: Axes, marks: Sequence[tuple[float, float]], texts: Sequence[str]) -> None:
     """Write `texts` beside `marks` (data coordinates), none over another or over a mark; far ones get a thin line.
 
-    Call it when limits and scales are final.
+    An empty text leaves its mark without one. Call it when limits and scales are final.
     """
-    axes.figure.draw_without_rendering()
-    scale = 72 / axes.figure.dpi
+    figure.draw_without_rendering()
+    scale = 72 / figure.dpi
     centres = [tuple(scale * float(v) for v in axes.transData.transform(mark)) for mark in marks]
     left, bottom, right, top = (scale * v for v in axes.bbox.extents)
     taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in centres]
     for mark, text, (x, y) in zip(marks, texts, centres):
-        width = character * len(text)
+        if not text:
+            continue
+        width = CHARACTER * len(text)
         boxes = []
         for dx, dy in PLACES:
             start = x + dx - (0 if dx > 0 else width if dx < 0 else width / 2)
