@@ -250,8 +250,9 @@ def verify(
     from .passes.api import verify as compare
 
     with progress() as told:
-        options = {"gate": limit, "batch_size": batch_size, "rows": _rows(anatomy), "folder": folder}
-        result = compare(out, against, samples, progress=told, **options)
+        result = compare(
+            out, against, samples, gate=limit, batch_size=batch_size, progress=told, rows=_rows(anatomy), folder=folder
+        )
     _print_json(result) if as_json else print_comparison(result)
     return 0 if result["passed"] else 1
 
