@@ -228,6 +228,7 @@ def compress(
 @cli.command()
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--against", required=True, metavar="MODEL", help="The original.")
+@click.option("-o", "--output", "folder", type=click.Path(path_type=Path), help="Folder for verify.json, verify.html.")
 @comparing
 @analysing
 @lmms_option
@@ -243,7 +244,7 @@ def verify(
     \b
     Examples:
       svlm verify runs/demo --against demo --attribute
-      svlm verify runs/int4 --against ./my-vlm -d questions.jsonl --gate "exact_match max_drop=0.02"
+      svlm verify runs/int4 --against ./my-vlm -d questions.jsonl --gate "exact_match max_drop=0.02" -o checked
       svlm verify runs/demo --against demo --alignment
       svlm verify runs/demo --against demo --robustness
       svlm verify runs/int4 --against ./my-vlm -d docvqa.jsonl --score anls
@@ -252,7 +253,7 @@ def verify(
     from .compress.gate import Gate
 
     limit = None if gate is None else Gate.parse(gate)
-    alone = benchmarks and not (data or gate or asked["analyses"])
+    alone = benchmarks and not (data or gate or asked["analyses"] or asked["folder"])
     samples = None if alone else _data(data, against)
     from .compress.report.tables import print_comparison
     from .compress.report.terminal import progress
@@ -266,22 +267,38 @@ def verify(
 
 
 @cli.command()
-@click.argument("out", type=click.Path(path_type=Path))
-@click.option("--markdown", "as_markdown", is_flag=True, help="Print Markdown.")
+@click.argument("outs", metavar="OUT...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("-o", "--output", "page", type=click.Path(path_type=Path), help="Of several runs: a file for the page.")
+@click.option("--other-data", is_flag=True, help="Compare runs that were judged on different questions; it says so.")
+@click.option("--markdown", "as_markdown", is_flag=True, help="Print Markdown; of one run.")
 @printing
-def report(out: Path, as_markdown: bool, as_json: bool) -> None:
-    """The stage table of a run, and where its HTML report lies.
+def report(outs: tuple[Path, ...], page: Path | None, other_data: bool, as_markdown: bool, as_json: bool) -> None:
+    """The stage table of a run, and where its HTML report lies; several runs beside each other.
 
     \b
     Examples:
       svlm report runs/demo
       svlm report runs/demo --markdown >> NOTES.md
+      svlm report runs/int4 runs/small runs/tiny -o compare.html
     """
     from .compress.report import markdown, read
 
+    out, *more = outs
     if as_json and as_markdown:
         raise click.UsageError("give --json or --markdown, not both")
-    if as_markdown:
+    if more and as_markdown:
+        raise click.UsageError("--markdown is about one run")
+    if not more and (page or other_data):
+        raise click.UsageError("--output and --other-data are about several runs")
+    if more:
+        from .compress.report.compare import print_runs, write_comparison
+        from .passes.compare import compare_runs
+
+        facts = compare_runs(outs, other_data=other_data)
+        if page:
+            write_comparison(page, facts)
+        _print_json(facts) if as_json else print_runs(facts)
+    elif as_markdown:
         click.echo(markdown(read(out)), nl=False)
     else:
         _show_run(out, as_json)

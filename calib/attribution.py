@@ -27,7 +27,7 @@ from ..compress.base import Json, Progress, Silent, evaluating
 from ..compress.errors import SvlmError
 from ..compress.parts import Group, Parts
 from ..compress.report.attribution import share
-from ..compress.report.rows import points
+from ..compress.report.words import points
 from ..compress.runtime.reduce import installed
 from .judge import Judge
 from .metrics.paired import compared

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from .base import Json, Pass, Progress
 from .errors import SvlmError
-from .report.rows import percent, points
+from .report.words import percent, points
 
 if TYPE_CHECKING:
     from .anatomy import ModelView

@@ -8,13 +8,17 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .base import Json
 from .disk import disk_errors, read_json, sync, write_json
 from .errors import WorkFailed
+from .mapped import worth_mapping
 from .stages import RunFolder
 from .storage import LEDGER_FILE, weight_bytes
+
+if TYPE_CHECKING:
+    import torch
 
 _CHILD = "import sys; from svlm.passes.api import answer_probe; answer_probe(*sys.argv[1:])"
 
@@ -49,6 +53,38 @@ def publish(model: Path, run: RunFolder) -> int:
     return weight_bytes(run.out)
 
 
+def stock_loads(
+    out: str, batch: Mapping[str, torch.Tensor], expected: torch.Tensor, tolerance: float, parameters: int
+) -> dict[str, Json] | None:
+    """Whether stock transformers loads `out` and answers as svlm's own model does; None where memory is short.
+
+    Args:
+        batch, expected: a prompt and its logits [samples, tokens, vocabulary]. tolerance: absolute, of a logit.
+        parameters: of the model.
+
+    Returns:
+        works, and `says`: why not.
+    """
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    if worth_mapping(parameters):
+        return None
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(out, dtype=torch.float32).eval()
+        with torch.no_grad():
+            logits = model(**batch).logits.float()
+    except Exception as error:  # whatever a stock loader raises: it is the answer to the question
+        first = (str(error).strip().splitlines() or [""])[0]
+        return {"works": False, "says": f"{type(error).__name__}: {first}"[:300]}
+    if logits.shape != expected.shape:
+        return {"works": False, "says": "it loads another model: its logits have another shape"}
+    difference = float((logits - expected).abs().max())
+    if not difference <= tolerance:
+        return {"works": False, "says": f"it loads another model: logits differ by up to {difference:.3g}"}
+    return {"works": True, "says": ""}
+
+
 def prove_reload(out: Path, probe: Path, options: Mapping[str, Any]) -> dict[str, Json]:
     """Load OUT in a fresh process and compare its logits on image prompts with those that were in memory.
 
@@ -74,4 +110,4 @@ def prove_reload(out: Path, probe: Path, options: Mapping[str, Any]) -> dict[str
     answer.unlink()
     if not result["same"]:
         raise WorkFailed("the result loads, but answers otherwise than in memory", where=str(out), found=str(result))
-    return {"checked": True, "max_abs_diff": result["max_abs_diff"]}
+    return {"checked": True, "max_abs_diff": result["max_abs_diff"], "stock": result["stock"]}

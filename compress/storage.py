@@ -41,6 +41,21 @@ def resolve(spec: str | Path) -> str:
     return str(DEMO) if str(spec) == "demo" else str(spec)
 
 
+def folder_of(spec: str | Path) -> Path | None:
+    """Where the files of a model lie on this disk: a folder's own, a hub id's in the cache; nothing is fetched."""
+    path = Path(resolve(spec))
+    if path.is_dir():
+        return path
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(str(spec), "config.json")
+    except HFValidationError:
+        return None
+    return Path(found).parent if isinstance(found, str) else None
+
+
 def load_model(
     spec: str | Path,
     *,

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..calib.dataset import CalibrationSet
+from ..calib.dataset import CalibrationSet, fingerprint
 from ..calib.workbench import Workbench
 from ..compress import __version__, disk, storage
 from ..compress.anatomy import ModelView
@@ -21,11 +21,12 @@ from ..compress.families import Family
 from ..compress.gate import SCORES, Gate
 from ..compress.pipeline import Outcome, Pipeline, logits_tolerance
 from ..compress.preflight import preflight
-from ..compress.publish import prove_reload, publish
+from ..compress.publish import prove_reload, publish, stock_loads
 from ..compress.recipe import Recipe
 from ..compress.recipe import read_recipe as _read_recipe
-from ..compress.report import gallery_rows, write
+from ..compress.report import gallery_rows, write_run
 from ..compress.report import read as read_report
+from ..compress.report.verified import write_verified
 from ..compress.runtime.kernels.measure import cpu_name
 from ..compress.stages import RunFolder
 from ..recipes import SHIPPED
@@ -33,6 +34,7 @@ from . import analyses as more
 from . import find
 
 RUNTIMES = ("torch", "openvino")
+STOCK_LOGITS = 2e-2  # relative: stock loaders unpack to 16 bits and round in other places
 
 
 def load_view(
@@ -216,7 +218,11 @@ def _finish(
         run.out, outcome.model.parent / "probe.safetensors", {"threads": torch.get_num_threads()}
     )
     report["analysis"] = {"alignment": _aligned(run.out, bench, o)}
-    write(run.out, report, gallery_rows(bench.data.check, outcome.items[0], _last_good(outcome)))
+    index, answers = _last_good(outcome)
+    questions = fingerprint((), bench.data.check)
+    gallery = gallery_rows(bench.data.check, outcome.items[0], answers)
+    kept = {"questions": questions, "stage": index, "items": answers}
+    write_run(run.out, report, gallery, kept, storage.folder_of(str(original.source)))
     if not o.keep_stages:
         run.tidy()
     return report
@@ -231,9 +237,10 @@ def _aligned(out: Path, bench: Workbench, o: Options) -> dict[str, Json]:
         return {"blocks": [], "says": [str(error)]}
 
 
-def _last_good(outcome: Outcome) -> list[dict[str, Json]]:
+def _last_good(outcome: Outcome) -> tuple[int, list[dict[str, Json]]]:
+    """The number of the stage that OUT holds, and its answers."""
     good = [
-        items
+        (stage["index"], items)
         for stage, items in zip(outcome.report["stages"], outcome.items)
         if stage["verdict"] not in ("failed", "skipped")
     ]
@@ -254,6 +261,7 @@ def verify(
     score: str | None = None,
     rows: Sequence[Family] = (),
     analyses: Sequence[str] = (),
+    folder: Path | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, Json]:
     """The paired comparison of a saved model with its original, from disk, on the check split that the run used.
@@ -263,6 +271,7 @@ def verify(
 
     Args:
         analyses: names in `passes.analyses`; what they find is under ``analysis``, by name.
+        folder: where verify.json and verify.html go, if anywhere.
     """
     more.check(analyses)
     made = read_report(out) if (Path(out) / "report.json").is_file() else {}
@@ -278,9 +287,9 @@ def verify(
     samples = CalibrationSet.load(data, **pick)
     original, small = (load_view(spec, rows=rows, trust_remote_code=trust_remote_code) for spec in (against, out))
     bench = Workbench(original, samples, batch_size=batch_size, latency=False, progress=progress)
-    quality, _ = bench.measure(small)
+    quality, items = bench.measure(small)
     passed, says = gate.judge(quality) if gate else (True, "no gate")
-    return {
+    result = {
         "model": str(out),
         "against": str(against),
         "data": bench.info,
@@ -290,6 +299,9 @@ def verify(
         "says": says,
         "analysis": more.analyse(analyses, bench, small, data, progress),
     }
+    if folder is not None:
+        write_verified(folder, result | {"environment": environment()}, gallery_rows(samples.check, None, items))
+    return result
 
 
 def export_model(spec: str | Path, name: str, folder: str | Path, **options: Any) -> dict[str, Json]:
@@ -322,8 +334,12 @@ def answer_probe(out: str, probe: str, answer: str) -> None:
         logits = view.model(**batch).logits.float()
     same = logits.shape == expected.shape
     difference = float((logits - expected).abs().max()) if same else float("inf")
-    same = same and difference <= logits_tolerance(view) * max(1.0, float(expected.abs().max()))
-    disk.write_json(Path(answer), {"same": same, "max_abs_diff": difference})
+    tolerance = logits_tolerance(view) * max(1.0, float(expected.abs().max()))
+    same = same and difference <= tolerance
+    parameters, alike = sum(p.numel() for p in view.model.parameters()), STOCK_LOGITS * float(expected.abs().max())
+    del view
+    stock = stock_loads(out, batch, expected, max(tolerance, alike), parameters)
+    disk.write_json(Path(answer), {"same": same, "max_abs_diff": difference, "stock": stock})
 
 
 __all__ = [

@@ -92,6 +92,57 @@ def report(*, stopped: bool = False) -> dict[str, Any]:
     }
 
 
+def rich(*, stopped: bool = False) -> dict[str, Any]:
+    """The same with everything that a report may hold besides: intervals by tag, checks, bias, time, analyses."""
+    made = report(stopped=stopped)
+    for entry in made["stages"]:
+        entry["seconds_measuring"] = 3.0
+        for name, cell in entry["quality"]["by_tag"]["kind"].items():
+            lost = name == "exists" and entry["index"] > 0
+            cell |= {"ci95": [cell["delta"] - 0.03, cell["delta"] + 0.03], "p": 0.1, "p_holm": 0.012 if lost else 1.0}
+        entry["quality"]["by_answer"] = {"violin": dict(entry["quality"]["by_tag"]["kind"]["what"])}
+    rates = {"yes_rate": 0.52, "accuracy": 0.91, "precision": 0.9, "recall": 0.93, "f1": 0.915}
+    bins = [{"confidence": c / 10, "accuracy": c / 10 - 0.02, "n": 20} for c in range(3, 10)]
+    made["stages"][3]["quality"] |= {
+        "yes_no": {"n": 172, **rates, "reference": rates | {"accuracy": 0.94}},
+        "calibration": {"ece": 0.042, "reference_ece": 0.021, "bins": bins},
+        "blank": {"n": 512, "perplexity": 7.125, "reference_perplexity": 7.5, "seeing_perplexity": 1.25,
+                  "reference_seeing_perplexity": 1.125},
+        "bias": {"amplification": {"value": 0.021, "ci95": [0.004, 0.04]}, "position": None,
+                 "yes_rate": {"value": -0.013, "ci95": [-0.05, 0.03]}},
+        "detectable": 0.023,
+    }  # fmt: skip
+    blocks = [
+        {"part": part, "block": i, "cka": 0.99 - 0.03 * i, "mutual_knn": 0.9 - 0.08 * i}
+        for part in ("vision", "language") for i in range(4)
+    ]  # fmt: skip
+    changes = [
+        {"change": change, "strength": i, "reference_loss": 0.02 * i, "loss": 0.03 * i, "difference": 0.01 * i,
+         "ci95": [0.01 * i - 0.02, 0.01 * i + 0.02]}
+        for change in ("noise", "blur", "jpeg") for i in range(1, 6)
+    ]  # fmt: skip
+    parts = [
+        {"part": "vision", "kl": 0.01, "share": 0.71, "ci95": [0.6, 0.8], "exact_match": 0.91},
+        {"part": "connector", "kl": 0.028, "share": 0.04, "ci95": [-0.02, 0.1], "exact_match": 0.9},
+    ]
+    made["analysis"] = {
+        "alignment": {"blocks": blocks},
+        "robustness": {"rows": changes},
+        "attribution": {"parts": parts, "sentence": "Most of it was lost in the vision tower."},
+    }
+    made["reload"]["stock"] = {"works": False, "says": "it loads another model: logits differ by up to 3.1"}
+    return made
+
+
+def answers(wrong: tuple[int, ...] = (), count: int = 60) -> list[dict[str, Any]]:
+    """Answers to questions, two about each picture; those of these numbers are wrong, the original's is number 0."""
+    return [
+        {"id": f"q{i}", "image_id": f"i{i // 2}", "answer": "no" if i in wrong else "yes", "correct": i not in wrong,
+         "reference_answer": "yes", "reference_correct": i != 0}
+        for i in range(count)
+    ]  # fmt: skip
+
+
 def gallery(count: int = 10) -> list[dict[str, Any]]:
     flips = ("same", "right_to_wrong", "wrong_to_right", "changed")
     rows = []
@@ -99,7 +150,7 @@ def gallery(count: int = 10) -> list[dict[str, Any]]:
         buffer = io.BytesIO()
         Image.new("RGB", (96, 96), (20 * i, 200 - 15 * i, 120)).save(buffer, "PNG")
         rows.append({
-            "image_png_base64": base64.b64encode(buffer.getvalue()).decode(), "flip": flips[i % 4],
+            "image": "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode(), "flip": flips[i % 4],
             "question": f"what is left of the <b>cake</b> {i}?", "reference": "violin", "before": "violin",
             "after": "saxophone" if flips[i % 4] == "right_to_wrong" else "violin", "tags": {"kind": "relation"},
         })  # fmt: skip

@@ -336,9 +336,12 @@ def test_a_run_leaves_a_model_and_its_report(finished: tuple[Path, int]) -> None
     text = (out / "report.html").read_text()
     assert text.count("<img ") == 10
     assert "quantize.rtn" in text
+    assert report["reload"]["stock"] == {"works": True, "says": ""}
+    assert len(json.loads((out / "answers.json").read_text())["items"]) == report["data"]["check"]
+    assert "## How to load it" in (out / "README.md").read_text()
 
 
-def test_verify_finds_the_figures_of_the_report(run: Run, finished: tuple[Path, int]) -> None:
+def test_verify_finds_the_figures_of_the_report(run: Run, finished: tuple[Path, int], tmp_path: Path) -> None:
     out, _ = finished
     code, text, err = run("verify", out, "--against", "demo", "--json", "--alignment")
     assert code == 0, err
@@ -348,8 +351,9 @@ def test_verify_finds_the_figures_of_the_report(run: Run, finished: tuple[Path, 
     found, kept = (made["analysis"]["alignment"] for made in (result, report))
     assert [row["name"] for row in found["blocks"]] == [row["name"] for row in kept["blocks"]]
     assert found["cka"] == pytest.approx(kept["cka"], abs=1e-3) and 0.5 < found["cka"] < 1
-    code, text, _ = run("verify", out, "--against", "demo", "--gate", "kl max=0", "--score", "anls")
+    code, text, _ = run("verify", out, "--against", "demo", "--gate", "kl max=0", "--score", "anls", "-o", tmp_path)
     assert code == 1
+    assert "gate fails" in (tmp_path / "verify.html").read_text()
     assert "gate FAILS: kl is" in text
     for fact in ("ANLS: ", "yes/no questions: says yes to", "Confidence is off by", "with a blank picture"):
         assert fact in text, fact

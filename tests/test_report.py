@@ -16,8 +16,8 @@ from PIL import Image
 from svlm.compress.errors import OutputError
 from svlm.compress.report import gallery_rows, headline, html, markdown, read, stage_rows, write
 from svlm.compress.report.facts import facts, last_facts
-from svlm.compress.report.rows import amount, points, settings_text, size
 from svlm.compress.report.terminal import Lines, print_stages, stage_line
+from svlm.compress.report.words import amount, points, settings_text, size
 from tests import reports
 
 VOID = {"meta", "br", "img", "link", "input", "hr", "path", "use"}
@@ -116,11 +116,11 @@ def test_the_page_shows_every_stage_try_tag_part_and_fact(page: Page) -> None:
     for words in (
         "demo is now 4.49 times smaller", "3 quantize.gptq", "−1.2 [−2.5, +0.2]", "0.0302", "−12 +6", "1.74 MB (÷4.49)",
         "ratio 0.33, where language, what mlp", "exact match lost 40.20 points", "stopped at a gate",
-        "3 quantize.gptq, try 1", "bits 3, group 64", "kind: exists", "embeddings", "a <processor> & more",
+        "3 quantize.gptq, try 1", "bits 3, group 64", "exists", "embeddings", "a <processor> & more",
         "ab12ab12", "svlm.load", "from_pretrained", "what is left of the <b>cake</b> 1?",
     ):  # fmt: skip
         assert words in page.text, words
-    assert page.tags.count("svg") == 2
+    assert page.tags.count("svg") == 5
     assert page.tags.count("img") == 10
 
 
@@ -269,7 +269,7 @@ def test_the_gallery_takes_flips_first_and_no_picture_twice() -> None:
     import base64
     import io
 
-    picture = Image.open(io.BytesIO(base64.b64decode(rows[0]["image_png_base64"])))
+    picture = Image.open(io.BytesIO(base64.b64decode(rows[0]["image"].removeprefix("data:image/png;base64,"))))
     assert picture.size == (288, 144)
 
 

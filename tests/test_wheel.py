@@ -16,7 +16,7 @@ NEEDED = [
     "svlm/calib/demo/model/model.safetensors", "svlm/calib/demo/model/config.json",
     "svlm/calib/demo/model/processor_config.json", "svlm/calib/demo/model/tokenizer.json",
     "svlm/calib/demo/model/chat_template.jinja", "svlm/calib/demo/atlas.webp", "svlm/calib/demo/atlas.json",
-    "svlm/compress/report/report.html",
+    "svlm/compress/report/report.html", "svlm/compress/report/base.html", "svlm/compress/report/style.css",
 ]  # fmt: skip
 
 

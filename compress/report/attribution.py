@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from . import rows as r
+from . import words as w
 from .terminal import print_table
 
 Facts = Mapping[str, Any]
@@ -21,8 +21,8 @@ def share(fact: Facts) -> str:
 def _match(fact: Facts) -> str:
     """``90.2 % (+3.1 [+1.2, +5.0])``: exact match, and its change in points."""
     match = fact["exact_match"]
-    low, high = map(r.points, match["ci95"])
-    return f"{r.percent(match['value'])} ({r.points(match['delta'])} [{low}, {high}])"
+    low, high = map(w.points, match["ci95"])
+    return f"{w.percent(match['value'])} ({w.points(match['delta'])} [{low}, {high}])"
 
 
 def part_cells(facts: Facts) -> tuple[list[str], list[list[str]]]:
@@ -35,7 +35,7 @@ def part_cells(facts: Facts) -> tuple[list[str], list[list[str]]]:
             sides = [[f"{row[k]['kl']:.4f}", share(row[k]), _match(row[k])] for k in ("restored", "alone")]
             cells.append([row["part"], *sides[0], *sides[1]])
         else:
-            cells.append([row["part"], UNCHANGED if row["unchanged"] else "cannot be put back", *[r.NOTHING] * 5])
+            cells.append([row["part"], UNCHANGED if row["unchanged"] else "cannot be put back", *[w.NOTHING] * 5])
     return titles, cells
 
 
@@ -47,7 +47,7 @@ def block_cells(found: list[Facts]) -> tuple[list[str], list[list[str]]]:
         if "share" in row:
             cells.append([name, f"{row['kl']:.4f}", share(row)])
         else:
-            cells.append([name, r.NOTHING, UNCHANGED if row.get("unchanged") else row["why"]])
+            cells.append([name, w.NOTHING, UNCHANGED if row.get("unchanged") else row["why"]])
     return ["block", "KL with it restored", "comes back [95\u00a0%]"], cells
 
 
@@ -57,7 +57,7 @@ def print_attribution(facts: Facts) -> None:
     match = loss["exact_match"]
     print(
         f"attribution over {facts['questions']} questions about {facts['images']} pictures: "
-        f"KL {loss['kl']:.4f}, exact match {r.percent(match['reference'])} to {r.percent(match['value'])}"
+        f"KL {loss['kl']:.4f}, exact match {w.percent(match['reference'])} to {w.percent(match['value'])}"
     )
     titles, cells = part_cells(facts)
     print_table(titles, cells, right=[False, *[True] * (len(titles) - 1)])

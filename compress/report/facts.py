@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..gate import SCORES
-from .rows import last_good, percent, points
+from .rows import last_good
+from .words import percent, points
 
 
 def facts(quality: Mapping[str, Any]) -> list[str]:

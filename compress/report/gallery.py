@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 PICTURE = 288  # pixels of the longer side: sharp enough at the width of a card
+SMALL = 40_000  # bytes: a drawing stays a PNG, a photograph that would take more becomes a JPEG
 SHARE = {"right_to_wrong": 5, "wrong_to_right": 2, "changed": 1, "same": 10}
 
 
@@ -37,7 +38,7 @@ class Asked(Protocol):
 
 def gallery_rows(
     samples: Sequence[Asked],
-    before: Sequence[Mapping[str, Any]],
+    before: Sequence[Mapping[str, Any]] | None,
     after: Sequence[Mapping[str, Any]],
     *,
     count: int = 10,
@@ -46,11 +47,14 @@ def gallery_rows(
 
     Args:
         samples: the check split.
-        before, after: the answers of the original and of the result, dicts with id, image_id, answer, correct.
+        before, after: the answers of the original and of the result, dicts with id, image_id, answer, correct. None:
+            those that `after` names as reference_answer, reference_correct.
 
     Returns:
-        Rows with image_png_base64, question, reference, before, after, tags, flip.
+        Rows with image (a data URI), question, reference, before, after, tags, flip.
     """
+    if before is None:
+        before = [{**i, "answer": i["reference_answer"], "correct": i["reference_correct"]} for i in after]
     old, new = ({item["id"]: item for item in items} for items in (before, after))
     found: dict[str, list[Asked]] = {flip: [] for flip in SHARE}
     for sample in samples:
@@ -67,7 +71,7 @@ def gallery_rows(
         seen.add(image_id)
         answers = sample.answers or (str(old[sample.id]["answer"]),)
         rows.append({
-            "image_png_base64": _png(sample.images[0]),
+            "image": _data_uri(sample.images[0]),
             "question": sample.question or "",
             "reference": answers[0],
             "before": old[sample.id]["answer"],
@@ -84,9 +88,16 @@ def _flip(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     return "same" if old["answer"] == new["answer"] else "changed"
 
 
-def _png(source: Picture) -> str:
+def _data_uri(source: Picture) -> str:
     picture = source.open().convert("RGB")
     picture.thumbnail((PICTURE, PICTURE))
+    kind, data = "png", _encoded(picture, "PNG", optimize=True)
+    if len(data) > SMALL:
+        kind, data = "jpeg", _encoded(picture, "JPEG", quality=85, optimize=True)
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def _encoded(picture: Image, form: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG", optimize=True)
-    return base64.b64encode(buffer.getvalue()).decode()
+    picture.save(buffer, form, **options)
+    return buffer.getvalue()

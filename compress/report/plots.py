@@ -1,114 +1,153 @@
-"""The two plots of the report as inline SVG: accuracy with its interval, and size, stage by stage.
-
-Colours are the page's CSS variables, so that the plots follow light and dark; what a colour says is also said by the
-mark's shape or by a word. Blue and orange are of the palette of Okabe and Ito, told apart by colour-blind readers.
-"""
+"""The plots of the stages: accuracy by stage, accuracy on its way down in bytes and milliseconds, and which part
+takes them."""
 
 from __future__ import annotations
 
-import io
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from .rows import Row, percent, size
+from .rows import Row
+from .svg import BAD, CARD, GOOD, GREEN, LINE, MUTED, OCHRE, PURPLE, SERIES, apart, by_line, empty, label, legend, svg
+from .words import percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-# drawn in these, replaced by the page's variables afterwards
-INK, MUTED, GOOD, BAD, LINE = "#010101", "#020202", "#030303", "#040404", "#050505"
-VARIABLES = {INK: "var(--ink)", MUTED: "var(--muted)", GOOD: "var(--blue)", BAD: "var(--orange)", LINE: "var(--line)"}
-WIDTH, TOP, ROW = 4.2, 0.5, 0.34  # inches: narrow enough for a phone at its own size
+PARTS = {  # of a model: how its share is drawn
+    "vision": (GOOD, ""), "connector": (OCHRE, "xxxx"), "language": (GREEN, "////"), "prefill": (GREEN, "////"),
+    "embeddings": (PURPLE, "...."), "head": (PURPLE, "...."),
+}  # fmt: skip
+NAMES = {"prefill": "language model"}
+LOG = 6  # an axis whose ends are further apart than this many times is logarithmic
 
 
 def accuracy_svg(rows: Sequence[Row]) -> str:
-    """Exact match of each stage with the paired 95 % interval around it; a dashed line marks the original."""
-    measured = [row for row in rows if row["exact_match"] is not None]
-    figure, axes = _figure(measured)
-    least = min((_lowest(row) for row in measured if row["in_effect"]), default=0.0)
-    most = max((_highest(row) for row in measured), default=100.0)
-    room = max(most - least, 1.0)
-    left = least - 0.3 * room  # what lies further down was rolled back: an arrow says so, the rest keeps its scale
-    axes.set_xlim(left, most + 0.15 * room)
+    """The score of each stage with the paired 95 % interval around it; a dashed line marks the original."""
+    measured = [row for row in rows if row["main"]["value"] is not None]
+    figure, axes = by_line([_name(row) for row in measured])
+    left, right = _limits(measured)
+    axes.set_xlim(left, right)
     for y, row in enumerate(measured):
-        colour, value = (GOOD if row["in_effect"] else BAD), 100 * row["exact_match"]
+        colour, value = (GOOD if row["in_effect"] else BAD), 100 * row["main"]["value"]
         marker = "o" if row["in_effect"] else "X"
         if value < left:
-            value, marker = left + 0.02 * room, "<"
-        elif row["index"] and row["low"] is not None:
-            axes.plot([_lowest(row), _highest(row)], [y, y], color=colour, linewidth=2.2, solid_capstyle="round")
+            value, marker = left + 0.015 * (right - left), "<"
+        elif row["index"] and row["main"]["low"] is not None:
+            axes.plot(_interval(row), [y, y], color=colour, linewidth=2.2, solid_capstyle="round")
         axes.plot([value], [y], marker=marker, color=colour, markersize=6.5)
         ha, xytext = ("left", (6, -3)) if marker == "<" else ("center", (0, 6))
-        _label(axes, percent(row["exact_match"]), value, y, ha=ha, xytext=xytext)
+        label(axes, percent(row["main"]["value"]), value, y, ha=ha, xytext=xytext)
         if row["max_drop"] is not None:
-            axes.plot([100 * (row["reference"] - row["max_drop"])], [y], marker="|", color=MUTED, markersize=11)
+            axes.plot([100 * (row["main"]["reference"] - row["max_drop"])], [y], marker="|", color=MUTED, markersize=11)
     if measured:
-        axes.axvline(100 * measured[0]["exact_match"], color=MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
-    return _svg(figure, "accuracy")
+        axes.axvline(100 * measured[0]["main"]["value"], color=MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
+    return svg(figure, "accuracy", "accuracy by stage")
 
 
-def size_svg(rows: Sequence[Row]) -> str:
-    """Bytes on disk of each stage."""
-    measured = [row for row in rows if row["bytes"] is not None]
-    figure, axes = _figure(measured)
+def path_svg(rows: Sequence[Row], key: str, unit: str, scale: float = 1.0) -> str:
+    """Accuracy against what a stage costs (`key` of a row times `scale`), from the original to the result.
+
+    Dots are the stages in effect, joined in their order; crosses were rolled back. "" where fewer than two stages
+    have both figures.
+    """
+    return paths_svg({"": rows}, key, unit, scale)
+
+
+def paths_svg(runs: Mapping[str, Sequence[Row]], key: str, unit: str, scale: float = 1.0) -> str:
+    """The same of several runs, each with its own mark, line and colour; the last stage of each bears its name."""
+    kept = {name: [r for r in rows if r["main"]["value"] is not None and r[key]] for name, rows in runs.items()}
+    every = [row for rows in kept.values() for row in rows]
+    if len(every) < 2:
+        return ""
+    figure, (axes,) = empty(2.9 if len(runs) == 1 else 3.3)
+    low, high = _limits(every)
+    low -= 0.06 * (high - low)
+    axes.set_ylim(low, high)
+    costs = [scale * row[key] for row in every]
+    _cost_axis(axes, min(costs), max(costs), unit)
+    axes.set_ylabel(f"{every[0]['main']['name']}, %", color=MUTED, fontsize=8)
+    axes.grid(color=LINE, linewidth=0.7)
+    marks: list[tuple[float, float]] = []
+    texts: list[str] = []
+    for (name, rows), (colour, marker, dashes) in zip(kept.items(), (*SERIES, *SERIES)):
+        line = [(scale * r[key], 100 * r["main"]["value"]) for r in rows if r["in_effect"]]
+        axes.plot(*zip(*line), color=colour, linewidth=1.1, linestyle=dashes, alpha=0.75)
+        for row in rows:
+            x, y = scale * row[key], 100 * row["main"]["value"]
+            own = (colour, marker) if row["in_effect"] else (BAD, "X")
+            if y < low:
+                y, own = low + 0.02 * (high - low), (BAD, "v")
+            elif row["index"] and row["main"]["low"] is not None:
+                axes.plot([x, x], _interval(row), color=own[0], linewidth=1.6, alpha=0.55, solid_capstyle="round")
+            axes.plot([x], [y], marker=own[1], color=own[0], markersize=6)
+            marks.append((x, y))
+            texts.append(str(row["index"]) if not name else name if row is rows[-1] else "")
+    apart(figure, axes, marks, texts)
+    return svg(figure, f"path-{key}", f"accuracy against {unit}")
+
+
+def _cost_axis(axes: Axes, least: float, most: float, unit: str) -> None:
+    """The x axis: logarithmic where it spans much; with room on both sides."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+    if most > LOG * least:
+        axes.set_xscale("log")
+        axes.set_xlim(least / 1.35, most * 1.35)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    else:
+        room = 0.1 * (most - least) or 0.1 * most
+        axes.set_xlim(least - room, most + room)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.set_xlabel(unit, color=MUTED, fontsize=8)
+
+
+def parts_svg(rows: Sequence[Row], key: str, unit: str, scale: float, parts: Sequence[str]) -> str:
+    """What each part takes of a stage's bytes or milliseconds (`row[key]`, by part, times `scale`), as stacked bars.
+
+    "" where no stage says it by part.
+    """
+    measured = [row for row in rows if row["in_effect"] and any((row[key] or {}).get(p) for p in parts)]
+    if not measured:
+        return ""
+    from matplotlib.patches import Patch
+
+    shown = [p for p in parts if any(row[key].get(p) for row in measured)]
+    figure, axes = by_line([_name(row) for row in measured], pitch=0.38, room=0.9)
+    widest = max(scale * sum(row[key].get(p) or 0 for p in parts) for row in measured)
     for y, row in enumerate(measured):
-        megabytes = row["bytes"] / 1e6
-        colour, hatch = (GOOD, "") if row["in_effect"] else (BAD, "////")
-        axes.barh(y, megabytes, height=0.55, color=colour, hatch=hatch, edgecolor=LINE)
-        _label(axes, size(row["bytes"]), megabytes, y, ha="left", xytext=(4, -3))
-    axes.set_xlim(left=0)
-    axes.margins(x=0.22)
-    return _svg(figure, "size")
+        start = 0.0
+        for part in shown:
+            width = scale * (row[key].get(part) or 0)
+            colour, hatch = PARTS[part]
+            axes.barh(y, width, left=start, height=0.62, color=colour, hatch=hatch, edgecolor=CARD, linewidth=0.8)
+            start += width
+        label(axes, f"{start:.3g}", start, y, ha="left", xytext=(4, -3))
+    handles = [Patch(facecolor=PARTS[p][0], hatch=PARTS[p][1], edgecolor=CARD, label=NAMES.get(p, p)) for p in shown]
+    legend(figure, handles, columns=2 if len(handles) > 3 else 3)
+    axes.set_xlim(0, 1.17 * widest)
+    axes.set_xlabel(unit, color=MUTED, fontsize=8)
+    return svg(figure, f"parts-{key}", f"{unit} by part and stage")
 
 
-def _label(axes: Axes, text: str, x: float, y: float, *, ha: str, xytext: tuple[float, float]) -> None:
-    axes.annotate(text, (x, y), xytext, textcoords="offset points", ha=ha, color=INK, fontsize=8)
+def _name(row: Row) -> str:
+    return f"{row['index']} {row['pass']}" + ("" if row["in_effect"] else " ✕")
 
 
-def _lowest(row: Row) -> float:
-    """The lower end of the interval, percent; the value itself for the original."""
-    return 100 * (row["reference"] + row["low"]) if row["low"] is not None else 100 * row["exact_match"]
+def _interval(row: Row) -> list[float]:
+    """The paired interval around the original's score, percent."""
+    main = row["main"]
+    return [100 * (main["reference"] + main["low"]), 100 * (main["reference"] + main["high"])]
 
 
-def _highest(row: Row) -> float:
-    return 100 * (row["reference"] + row["high"]) if row["high"] is not None else 100 * row["exact_match"]
+def _limits(rows: Sequence[Row]) -> tuple[float, float]:
+    """Of an axis of accuracy: what lies further down was rolled back; an arrow says so, the rest keeps its scale."""
 
+    def ends(row: Row) -> list[float]:
+        return [100 * row["main"]["value"], *(_interval(row) if row["main"]["low"] is not None else [])]
 
-def _figure(rows: Sequence[Row]) -> tuple[Figure, Axes]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(WIDTH, TOP + ROW * max(1, len(rows))), layout="constrained")
-    axes = figure.subplots()
-    names = [f"{row['index']} {row['pass']}" + ("" if row["in_effect"] else " ✕") for row in rows]
-    axes.set_yticks(range(len(rows)), names)
-    axes.set_ylim(len(rows) - 0.4, -0.75)
-    axes.tick_params(axis="y", length=0, labelcolor=INK, labelsize=8.5)
-    axes.tick_params(axis="x", color=LINE, labelcolor=MUTED, labelsize=8)
-    axes.grid(axis="x", color=LINE, linewidth=0.7)
-    axes.set_axisbelow(True)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(LINE)
-    figure.patch.set_visible(False)
-    axes.patch.set_visible(False)
-    return figure, axes
-
-
-def _svg(figure: Figure, name: str) -> str:
-    """The figure as an `<svg>` element that scales with the page and takes its colours and font."""
-    from matplotlib import rc_context
-
-    buffer = io.StringIO()
-    nothing = {"Creator": None, "Date": None, "Format": None, "Type": None}
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": f"svlm-{name}"}):
-        figure.savefig(buffer, format="svg", metadata=nothing)
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    for sentinel, variable in VARIABLES.items():
-        text = text.replace(sentinel, variable)
-    text = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", text)
-    text = re.sub(r' id="[A-Za-z0-9]+_[0-9]+"', "", text)
-    text = re.sub(r' (?:width|height)="[\d.]+pt"', "", text, count=2)
-    return text.replace("<svg", f'<svg role="img" class="plot" aria-label="{name} by stage"', 1)
+    least = min((min(ends(row)) for row in rows if row["in_effect"]), default=0.0)
+    most = max((max(ends(row)) for row in rows), default=100.0)
+    room = max(most - least, 1.0)
+    return least - 0.3 * room, most + 0.15 * room

@@ -6,13 +6,14 @@ measured has no quality) is None in a row and an en dash in a text, never a zero
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .words import NOTHING, amount, number, percent, points, settings_text, size
+
 Row = dict[str, Any]
-IN_EFFECT = ("baseline", "passed", "retried", "kept")
-NOTHING = "–"
+IN_EFFECT = ("baseline", "passed", "retried", "kept", "verified", "refused")  # the last two: of svlm verify
 MORE = ("score", "yes_no", "calibration", "blank", "by_answer")
 FIRST = {  # what the time to the first token consists of
     "vision": "the vision tower",
@@ -52,6 +53,7 @@ def quality_row(quality: Mapping[str, Any]) -> Row:
     match = quality.get("exact_match") or {}
     low, high = match.get("ci95") or (None, None)
     return {
+        "main": main_figures(quality),
         "exact_match": match.get("value"),
         "reference": match.get("reference"),
         "delta": match.get("delta"),
@@ -64,6 +66,23 @@ def quality_row(quality: Mapping[str, Any]) -> Row:
         "agreement": quality.get("agreement"),
         "perplexity": quality.get("perplexity"),
         **{key: quality.get(key) for key in MORE},
+    }
+
+
+def main_figures(quality: Mapping[str, Any]) -> Row:
+    """What stands for accuracy: the data's own score where it has one, exact match otherwise.
+
+    Returns:
+        name, value, reference, delta, low, high (fractions; the last two: of the paired 95 % interval).
+    """
+    score = quality.get("score") or {"name": "exact match", **(quality.get("exact_match") or {})}
+    low, high = score.get("ci95") or (None, None)
+    name = str(score["name"]).replace("_", " ")
+    return {
+        "name": name.upper() if name in ("anls", "cider", "bleu", "vqa") else name,
+        **{key: score.get(key) for key in ("value", "reference", "delta")},
+        "low": low,
+        "high": high,
     }
 
 
@@ -81,11 +100,13 @@ def _stage_row(stage: Mapping[str, Any], original: float | None) -> Row:
         "max_drop": gate.get("max_drop") if gate.get("metric") == "exact_match" else None,
         **quality_row(stage.get("quality") or {}),
         "bytes": stored,
+        "bytes_by_part": cost.get("bytes_by_part"),
         "ratio": original / stored if original and stored else None,
         "parameters": cost.get("parameters"),
         "visual_tokens": cost.get("visual_tokens"),
         "flops": _sum(flops, *FIRST),
         "latency_ms": _sum(latency, *FIRST),
+        "ms_by_part": {part: latency.get(part) for part in FIRST},
         "decode_ms": latency.get("decode_per_token"),
         "kv_bytes": cost.get("kv_bytes"),
         "seconds": stage.get("seconds"),
@@ -221,11 +242,11 @@ def try_rows(report: Mapping[str, Any]) -> list[Row]:
     rows = []
     for stage in report["stages"]:
         tries = list(stage.get("tries") or [])
-        for number, attempt in enumerate(tries, 1):
+        for count, attempt in enumerate(tries, 1):
             row = _stage_row(
                 {**attempt, "index": stage["index"], "pass": stage["pass"], "gate": stage.get("gate")}, None
             )
-            rows.append(row | {"number": number})
+            rows.append(row | {"number": count})
         row = _stage_row(stage, None)
         if not row["in_effect"] and not tries:
             rows.append(row | {"number": 1})
@@ -253,57 +274,6 @@ def part_rows(report: Mapping[str, Any]) -> list[Row]:
     return sorted(rows, key=lambda row: -row["before"])
 
 
-def size(count: float | None) -> str:
-    """Bytes in decimal units: ``1.66 MB``."""
-    return _scaled(count, ("B", "kB", "MB", "GB", "TB"))
-
-
-def amount(count: float | None) -> str:
-    """A count with a metric prefix: ``3.90 M``; whole numbers below a thousand."""
-    if count is not None and count < 1000:
-        return f"{count:.0f}" if float(count).is_integer() else f"{count:.1f}"
-    return _scaled(count, ("", "k", "M", "G", "T", "P"))
-
-
-def _scaled(count: float | None, units: Sequence[str]) -> str:
-    if count is None:
-        return NOTHING
-    value, unit = float(count), 0
-    while value >= 999.5 and unit < len(units) - 1:
-        value, unit = value / 1000, unit + 1
-    digits = 0 if unit == 0 else 2 if value < 10 else 1 if value < 100 else 0
-    return f"{value:.{digits}f} {units[unit]}".rstrip()
-
-
-def percent(fraction: float | None) -> str:
-    """``0.9141`` as ``91.4 %``."""
-    return NOTHING if fraction is None else f"{100 * fraction:.1f} %"
-
-
-def points(fraction: float | None) -> str:
-    """A difference of fractions in points, with its sign: ``−1.2``, ``+0.3``, ``0.0``."""
-    if fraction is None:
-        return NOTHING
-    text = f"{100 * fraction:+.1f}"
-    return "0.0" if text in ("+0.0", "-0.0") else text.replace("-", "−")
-
-
-def settings_text(settings: Mapping[str, Any]) -> str:
-    """Settings in one line, as they would stand on the command line."""
-    return ", ".join(f"{k} {_value(v)}" for k, v in settings.items() if v is not None)
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, (list, tuple)):
-        return "+".join(_value(v) for v in value)
-    return f"{value:g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def number(value: float | None, form: str) -> str:
-    """`value` by a format spec, or a dash."""
-    return NOTHING if value is None else format(value, form)
-
-
 def change(row: Row) -> str:
     """The paired change of exact match with its 95 % interval, in points."""
     if row["delta"] is None or row.get("index") == 0:
@@ -323,7 +293,8 @@ def latency(row: Row) -> str:
     return f"{row['latency_ms']:.1f}" + ("" if row["decode_ms"] is None else f" + {row['decode_ms']:.1f}")
 
 
-def _size_and_ratio(row: Row) -> str:
+def size_and_ratio(row: Row) -> str:
+    """``1.74 MB (÷4.49)``."""
     return size(row["bytes"]) + (f" (÷{row['ratio']:.2f})" if row["ratio"] and row["index"] else "")
 
 
@@ -336,7 +307,7 @@ COLUMNS: tuple[Column, ...] = (
     Column("kl", "KL", lambda r: number(r["kl"], ".4f")),
     Column("agreement", "agree", lambda r: percent(r["agreement"])),
     Column("flips", "flips", flips),
-    Column("bytes", "bytes", _size_and_ratio),
+    Column("bytes", "bytes", size_and_ratio),
     Column("parameters", "parameters", lambda r: amount(r["parameters"])),
     Column("visual_tokens", "visual tokens", lambda r: amount(r["visual_tokens"])),
     Column("flops", "FLOPs", lambda r: amount(r["flops"])),

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from . import rows as r
+from . import words as w
 from .attribution import print_attribution
 from .facts import facts
 from .terminal import print_table
@@ -73,14 +74,14 @@ def print_anatomy(facts: Mapping[str, Any]) -> None:
 
 
 def _weight(facts: Mapping[str, Any]) -> tuple[str, str]:
-    return r.amount(facts["parameters"]), r.size(facts["bytes"])
+    return w.amount(facts["parameters"]), w.size(facts["bytes"])
 
 
 def print_plan(recipe: Recipe, steps: list[dict[str, Any]], checks: list[str]) -> None:
     """The steps of a recipe (`compress.pipeline.describe_steps`) and the checks that were made."""
     c = recipe.calibration
     print(f"recipe {recipe.name}: passes look at {c.fit} questions, {c.check} others judge every stage, seed {c.seed}")
-    cells = [[str(s["index"]), s["pass"], r.settings_text(s["settings"]), _gate_text(s)] for s in steps]
+    cells = [[str(s["index"]), s["pass"], w.settings_text(s["settings"]), _gate_text(s)] for s in steps]
     print_table(["#", "pass", "settings", "gate"], cells)
     for check in checks:
         print(f"{'!' if check.startswith('careful') else '✓'} {check}")
@@ -111,8 +112,8 @@ def print_comparison(result: Mapping[str, Any]) -> None:
 def _print_quality(result: Mapping[str, Any]) -> None:
     row = r.quality_row(result["quality"])
     cells = [
-        r.percent(row["reference"]), r.percent(row["exact_match"]), r.change(row), r.flips(row),
-        r.number(row["mcnemar_p"], ".3g"), r.number(row["kl"], ".4f"), r.percent(row["agreement"]),
+        w.percent(row["reference"]), w.percent(row["exact_match"]), r.change(row), r.flips(row),
+        w.number(row["mcnemar_p"], ".3g"), w.number(row["kl"], ".4f"), w.percent(row["agreement"]),
     ]  # fmt: skip
     titles = ["original", "this", "change, points [95\u00a0%]", "flips", "McNemar p", "KL", "agree"]
     print_table(titles, [cells], right=[True] * len(titles))
@@ -136,9 +137,9 @@ def print_robustness(found: Mapping[str, Any]) -> None:
     cells = [
         [
             row["change"].replace("_", " "), "" if row["strength"] is None else str(row["strength"]), f"{row['n']:,}",
-            r.percent(row["reference"]), r.percent(row["value"]),
-            r.points(row["reference_loss"]), r.points(row["loss"]),
-            r.points(row["difference"]) + (" [{}, {}]".format(*map(r.points, row["ci95"])) if row["ci95"] else ""),
+            w.percent(row["reference"]), w.percent(row["value"]),
+            w.points(row["reference_loss"]), w.points(row["loss"]),
+            w.points(row["difference"]) + (" [{}, {}]".format(*map(w.points, row["ci95"])) if row["ci95"] else ""),
         ]
         for row in found["rows"]
     ]  # fmt: skip
@@ -156,7 +157,7 @@ def print_alignment(found: Mapping[str, Any]) -> None:
         "cka_text": "CKA text", "cka_visual": "visual", "mutual_knn_text": "k-NN text", "mutual_knn_visual": "visual",
         "between_knn": "visual–text", "reference_between_knn": "original", "mir": "MIR", "reference_mir": "original",
     }  # fmt: skip
-    cells = [[row["name"], *(r.number(row[key], ".3f") for key in columns)] for row in found["blocks"]]
+    cells = [[row["name"], *(w.number(row[key], ".3f") for key in columns)] for row in found["blocks"]]
     print_table(["alignment", *columns.values()], cells, right=[False, *[True] * len(columns)])
     for sentence in found["says"]:
         print(sentence)
@@ -170,12 +171,12 @@ def print_benchmarks(result: Mapping[str, Any]) -> None:
         notes += [f"{task}: {note}" for note in row["notes"]]
         for metric, m in row["metrics"].items():
             items = m["items"]
-            own = r.number(m["delta"], "+.4f") + (_interval(m["ci95"]) if m["ci95"] else "")
+            own = w.number(m["delta"], "+.4f") + (_interval(m["ci95"]) if m["ci95"] else "")
             cells.append(
-                [task, metric, str(items["n"] if items else row["n"]), r.number(m["reference"], ".4f"),
-                 r.number(m["value"], ".4f"), own,
+                [task, metric, str(items["n"] if items else row["n"]), w.number(m["reference"], ".4f"),
+                 w.number(m["value"], ".4f"), own,
                  f"{items['delta']:+.4f}{_interval(items['ci95'])}" if items and not m["ci95"] else "",
-                 f"−{items['fell']} +{items['rose']}" if items else r.NOTHING]
+                 f"−{items['fell']} +{items['rose']}" if items else w.NOTHING]
             )  # fmt: skip
     print_table(titles, cells, right=[False, False, *[True] * 6])
     for note in dict.fromkeys(notes):

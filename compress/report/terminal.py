@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from . import rows as r
+from . import words as w
 from .facts import last_facts
 
 if TYPE_CHECKING:
@@ -37,11 +38,11 @@ def print_stages(report: Mapping[str, Any], file: TextIO | None = None) -> None:
 def stage_line(stage: Mapping[str, Any]) -> str:
     """One finished stage in one line, said while the run goes on."""
     (row,) = r.stage_rows({"stages": [stage]})
-    words = [f"stage {row['index']} {row['pass']}: {row['verdict']}", f"exact match {r.percent(row['exact_match'])}"]
+    words = [f"stage {row['index']} {row['pass']}: {row['verdict']}", f"exact match {w.percent(row['exact_match'])}"]
     if row["index"]:
         words.append(f"change {r.change(row)}")
     split = r.time_split(stage)
-    words += [r.size(row["bytes"]), f"{r.number(row['seconds'], '.0f')} s" + (f" ({split})" if split else "")]
+    words += [w.size(row["bytes"]), f"{w.number(row['seconds'], '.0f')} s" + (f" ({split})" if split else "")]
     if row["measuring"] is not None:
         words.append(f"validation {row['measuring']:.0f} s")
     return "; ".join(words) + (f" ({row['says']})" if row["verdict"] not in ("baseline", "passed") else "")
