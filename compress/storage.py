@@ -227,7 +227,7 @@ def rebuild(view: ModelView, records: Iterable[Record], find: Finder | None) -> 
 def check_finite(view: ModelView, where: str) -> None:
     """Raise ModelError naming the first weight that holds NaN or infinity."""
     for name, tensor in view.model.state_dict().items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if tensor.is_floating_point() and not _finite(tensor):
             bad = int((~torch.isfinite(tensor)).sum())
             raise ModelError(
                 "a weight is not finite",
@@ -236,6 +236,11 @@ def check_finite(view: ModelView, where: str) -> None:
                 change="fetch the checkpoint again, or repair this tensor",
             )
         release(tensor)
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    """Whether all values are; NaN and infinities show in the extremes, which take no memory beside the tensor."""
+    return tensor.numel() == 0 or all(bool(extreme.isfinite()) for extreme in torch.aminmax(tensor))
 
 
 # -------------------------------------------------------------------------------------------------------------- saving
