@@ -245,7 +245,7 @@ def inverse_factor(h: torch.Tensor, damp: float) -> tuple[torch.Tensor | None, i
     Float64; columns without input get a 1 on the diagonal. None if H never becomes positive definite. With the rows and
     columns of H reversed, ``H = V V^T`` for an upper triangular V, and the factor is ``V^-1``.
     """
-    full = h.double().clone()
+    full = h.to(torch.float64, copy=True)
     diagonal = full.diagonal()
     diagonal[diagonal == 0] = 1.0
     if not torch.isfinite(full).all():
@@ -253,15 +253,28 @@ def inverse_factor(h: torch.Tensor, damp: float) -> tuple[torch.Tensor | None, i
     mean, plain = float(diagonal.mean()), diagonal.clone()
     if mean <= 0:
         return None, 0
-    one = torch.eye(len(full), dtype=full.dtype, device=full.device)
     for retry in range(MOST_RETRIES + 1):
         diagonal.copy_(plain + damp * 10**retry * mean)
         lower, info = torch.linalg.cholesky_ex(full.flip(0, 1))
         if int(info) == 0:
-            upper = torch.linalg.solve_triangular(lower.flip(0, 1), one, upper=True)
+            upper = _inverse(lower.flip(0, 1))
             if torch.isfinite(upper).all():
                 return upper, retry
     return None, MOST_RETRIES
+
+
+def _inverse(upper: torch.Tensor) -> torch.Tensor:
+    """Of an upper triangular matrix, by halves, so that most of it is products and half of it is never looked at."""
+    size = len(upper)
+    if size <= 256:
+        one = torch.eye(size, dtype=upper.dtype, device=upper.device)
+        return torch.linalg.solve_triangular(upper, one, upper=True)
+    half = size // 2
+    left, right = _inverse(upper[:half, :half]), _inverse(upper[half:, half:])
+    found = torch.zeros_like(upper)
+    found[:half, :half], found[half:, half:] = left, right
+    found[:half, half:] = (left @ upper[:half, half:] @ right).neg_()
+    return found
 
 
 def row_errors(w: torch.Tensor, q: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
