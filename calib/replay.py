@@ -139,9 +139,9 @@ class Probe:
         self.owners = {owner: inside for owner, inside in self.owners.items() if shapes[owner]}
         outputs = {unit.path: shapes[unit.path] for unit in self.units}
         for path in self.successor:
-            if outputs[path] and path not in self.tapped:
-                if self._read_elsewhere(batch, outputs, path, {self.successor[path]}):
-                    self.tapped.add(path)
+            known = path in self.tapped or not outputs[path]
+            if not known and self._read_elsewhere(batch, outputs, path, {self.successor[path]}):
+                self.tapped.add(path)
         tower = self.view.tower_path
         after = {unit.path for unit in self.units if unit.part == "connector" and outputs[unit.path]}
         if tower in self.owners and after and not any(path.startswith(f"{tower}.") for path in after):
