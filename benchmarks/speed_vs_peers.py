@@ -53,7 +53,7 @@ def make(folder: Path, o: argparse.Namespace) -> None:
     from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfig
 
     vision = SmolVLMVisionConfig(
-        hidden_size=768, intermediate_size=3072, num_hidden_layers=min(12, o.blocks), num_attention_heads=12,
+        hidden_size=768, intermediate_size=3072, num_hidden_layers=round(0.4 * o.blocks), num_attention_heads=12,
         image_size=512, patch_size=16,
     )  # fmt: skip
     text = LlamaConfig(
@@ -186,7 +186,7 @@ def main() -> None:
     parser.add_argument("--python", action="append", default=[], metavar="PEER=PATH", help="interpreter of a peer")
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--tiles", type=int, default=1, help="of a picture, 64 visual tokens each")
-    parser.add_argument("--blocks", type=int, default=30, help="of the language model")
+    parser.add_argument("--blocks", type=int, default=30, help="of the language model; the tower has 0.4 times as many")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batch-size", type=int, default=4, help="of svlm; peers take samples one by one")

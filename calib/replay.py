@@ -32,6 +32,7 @@ class Probe:
 
     Attributes:
         successor: block -> the next block of its stack.
+        readers: the tower -> the units of the connector, where nothing else reads what it returns.
         tapped: blocks whose output something besides the successor reads, a token pass that reads the tower among it.
         owners: a tower, a decoder or the parent of a stack -> the units inside; only those that all calls go through,
             and no tower of which a token pass reads a block: it would not run.
@@ -62,6 +63,7 @@ class Probe:
         read = reduction.watch.reader.path if reduction is not None and reduction.watch is not None else ""
         self.owners = {owner: inside for owner, inside in self.owners.items() if not read.startswith(owner + ".")}
         self.tapped: set[str] = {path for path, after in self.successor.items() if after == read}
+        self.readers: dict[str, set[str]] = {}
         self.mutates = False
         self._calls: dict[frozenset[str], dict[str, int]] = {}
         self._lengths: dict[frozenset[str], dict[str, list[int | None]] | None] = {}
@@ -126,8 +128,7 @@ class Probe:
                 finally:
                     active.remove(path)
                 lengths[path] += [_length(leaf) for leaf in tree_leaves(out)]
-                memo = out if path in units else None
-                shapes[path].append(hollow(memo, 0.0) if path in blocks else rewrapped(memo))
+                shapes[path].append(rewrapped(out) if path in units - blocks else hollow(out, 0.0))
                 return out
 
             return forward
@@ -138,13 +139,22 @@ class Probe:
         self.owners = {owner: inside for owner, inside in self.owners.items() if shapes[owner]}
         outputs = {unit.path: shapes[unit.path] for unit in self.units}
         for path in self.successor:
-            if outputs[path] and path not in self.tapped and self._read_elsewhere(batch, outputs, path):
+            known = path in self.tapped or not outputs[path]
+            if not known and self._read_elsewhere(batch, outputs, path, {self.successor[path]}):
                 self.tapped.add(path)
+        tower = self.view.tower_path
+        after = {unit.path for unit in self.units if unit.part == "connector" and outputs[unit.path]}
+        if tower in self.owners and after and not any(path.startswith(f"{tower}.") for path in after):
+            outside = {path: outs for path, outs in outputs.items() if path not in self.owners[tower]}
+            if self._read_elsewhere(batch, outside | {tower: shapes[tower]}, tower, after):
+                self.tapped.add(tower)
+            self.readers[tower] = self.readers.get(tower, set()) | after
         return {path: len(outs) for path, outs in shapes.items()}, lengths
 
-    def _read_elsewhere(self, batch: Mapping[str, Any], outputs: dict[str, list[Any]], path: str) -> bool:
-        """Run the model with every unit stubbed, this one's output NaN: does NaN reach anything but the successor?"""
-        allowed = {self.successor[path]}
+    def _read_elsewhere(
+        self, batch: Mapping[str, Any], outputs: dict[str, list[Any]], path: str, allowed: set[str]
+    ) -> bool:
+        """Run the model with all of `outputs` stubbed, `path`'s NaN: does NaN reach more than the `allowed`?"""
         leaked = False
 
         def stub(name: str) -> Callable[..., Any]:
@@ -164,7 +174,7 @@ class Probe:
             except RuntimeError:  # code between the blocks writes into a block's output
                 self.mutates = True
                 return True
-        return leaked or has_nan(final)
+        return leaked or has_nan(final if path in self.successor else final.logits)  # some hand on what the tower said
 
 
 def _length(leaf: Any) -> int | None:

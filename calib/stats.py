@@ -17,6 +17,7 @@ from ..compress.errors import WorkFailed
 from ..compress.runtime.seen import Kept
 from .drift import strongest
 
+STRIP = 192  # rows of a Hessian that are computed at a time
 TokenWeights = Literal["gradient", "balanced", "uniform", "text", "vision", "drift"]
 
 
@@ -50,7 +51,11 @@ class Hessian:
         self.weight += total
         self.tokens += len(x)
         scaled = x * (weights * (2 / self.weight)).sqrt()[:, None]
-        self.matrix.mul_(1 - total / self.weight).addmm_(scaled.T, scaled)
+        kept = 1 - total / self.weight
+        for start in range(0, len(self.matrix), STRIP):  # it is symmetric: half of it is computed
+            stop = start + STRIP
+            self.matrix[start:stop, start:].addmm_(scaled[:, start:stop].T, scaled[:, start:], beta=kept)
+            self.matrix[stop:, start:stop] = self.matrix[start:stop, stop:].T
 
 
 class MeanSquare:

@@ -266,7 +266,7 @@ class Walk:
     def _run(self, unit: Unit, args: tuple[Any, ...], kwargs: dict[str, Any], gradients: bool = False) -> Any:
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         versions = [tensor._version for tensor in given]
-        with self._clock.timing("forward"), evaluating(self.view.model), torch.set_grad_enabled(gradients):
+        with self._clock.timing("forward"), evaluating(unit.module), torch.set_grad_enabled(gradients):
             out = unit.module.forward(*args, **kwargs)
         if versions != [tensor._version for tensor in given]:
             raise WorkFailed("a block changes its input in place; it cannot be walked", where=unit.name)
@@ -384,7 +384,8 @@ class Walk:
                 del self._memos[path]
                 continue
             after = self._probe.successor.get(path)
-            if after in self._memos and path not in self._probe.tapped:
+            readers = self._probe.readers.get(path, {after})
+            if path not in self._probe.tapped and all(reader in self._memos for reader in readers):
                 self._memos[path] = [[hollow(out) for out in batch] for batch in self._memos[path]]
 
     def _returning(self, index: int) -> dict[nn.Module, Callable[..., Any]]:

@@ -206,10 +206,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode and no gradients inside; the former mode afterwards."""
     import torch
 
-    was = model.training
-    model.eval()
+    was, changed = model.training, any(module.training for module in model.modules())
+    if changed:  # setting the mode of every module costs more than many a block's forward
+        model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        model.train(was)
+        if changed:
+            model.train(was)

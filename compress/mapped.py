@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 PAGE = mmap.ALLOCATIONGRANULARITY
+SLAB = 16 << 20  # bytes
 SHARE = 0.25  # of the free memory: a model that takes more in float32 is mapped
 
 _PLACES: dict[int, tuple[weakref.ref[mmap.mmap], int, int]] = {}  # address -> mapping, its offset there, bytes
@@ -84,6 +85,23 @@ def release(tensor: torch.Tensor) -> None:
     place = _PLACES.get(tensor.data_ptr()) if mapped else None
     if place is not None and (file := place[0]()) is not None:
         file.madvise(mmap.MADV_DONTNEED, place[1], place[2])
+
+
+def slabs(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The values of a tensor, some megabytes at a time; a mapped one needs no more memory than that.
+
+    Flat parts of it, not copies; the whole tensor where it is not contiguous.
+    """
+    if not tensor.is_contiguous():
+        yield tensor
+        return
+    flat, step = tensor.detach().view(-1), SLAB // tensor.element_size()
+    place = _PLACES.get(tensor.data_ptr()) if sys.platform == "linux" else None
+    for start in range(0, len(flat), step):
+        part = flat[start : start + step]
+        yield part
+        if place is not None and (file := place[0]()) is not None:
+            file.madvise(mmap.MADV_DONTNEED, place[1] + start * tensor.element_size(), part.nbytes)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from .export import bnb
 from .export.compressed_tensors import PLAIN_FILE, packed_state, plain_grids, quantization_config, unpack_state
 from .families import Family
 from .ledger import SCHEMA, Ledger, Record
-from .mapped import map_weights, on_meta, read_mapped, release, worth_mapping
+from .mapped import map_weights, on_meta, read_mapped, release, slabs, worth_mapping
 from .runtime.codebook import codebooks, integer_grids
 from .uneven import adopt, fill
 
@@ -242,7 +242,7 @@ def rebuild(view: ModelView, records: Iterable[Record], find: Finder | None) -> 
 def check_finite(view: ModelView, where: str) -> None:
     """Raise ModelError naming the first weight that holds NaN or infinity."""
     for name, tensor in view.model.state_dict().items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if tensor.is_floating_point() and not _finite(tensor):
             bad = int((~torch.isfinite(tensor)).sum())
             raise ModelError(
                 "a weight is not finite",
@@ -250,7 +250,11 @@ def check_finite(view: ModelView, where: str) -> None:
                 found=f"{bad} of {tensor.numel()} values are NaN or infinite",
                 change="fetch the checkpoint again, or repair this tensor",
             )
-        release(tensor)
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    """Whether all values are; NaN and infinities show in the extremes, which take no memory beside the tensor."""
+    return all(bool(extreme.isfinite()) for part in slabs(tensor) for extreme in torch.aminmax(part))
 
 
 # -------------------------------------------------------------------------------------------------------------- saving
@@ -261,8 +265,8 @@ def round_to_storage(view: ModelView) -> None:
     with torch.no_grad():
         for tensor in view.model.state_dict().values():
             if tensor.is_floating_point() and tensor.dtype != view.storage_dtype:
-                tensor.copy_(tensor.to(view.storage_dtype))
-                release(tensor)
+                for part in slabs(tensor):
+                    part.copy_(part.to(view.storage_dtype))
 
 
 def save(view: ModelView, folder: str | Path) -> int:

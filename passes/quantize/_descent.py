@@ -13,7 +13,8 @@ import torch
 
 from ...compress.runtime.grid import Grid
 
-PANEL = 32  # columns between two updates of the rest: one panel of them stays in a core's cache
+PANEL = 128  # columns between two updates of the rest
+STRIP = 16  # columns between two updates of the rest of a panel: they stay in a core's cache
 
 
 def descend(
@@ -38,9 +39,9 @@ def descend(
     diagonal = damped.diagonal()
     diagonal += torch.where(diagonal == 0, 1.0, 0.0) + damping
     state = Descent(w, q, grid, damped, None if drift is None else w @ drift.to(w.dtype), mask)
-    for _ in range(rounds):
+    for left in reversed(range(rounds)):
         state.refit()
-        state.sweep()
+        state.sweep(last=left == 0)
     return state.values.T.contiguous(), state.grid
 
 
@@ -100,35 +101,47 @@ class Descent:
         self.values = torch.where(better, values, self.values)
         self.residual = torch.where(better, residual, self.residual)
 
-    def sweep(self, panel: int = PANEL) -> None:
+    def sweep(self, panel: int = PANEL, last: bool = False) -> None:
         """Every column in turn takes its best integers for what the others now are: ``q_j + R_j / H_jj``, rounded.
 
-        Inside a panel of columns R is kept exact; the columns outside hear of it when the panel is done.
+        Inside a panel of columns R is kept exact; the columns outside hear of it when the panel is done. So it is with
+        the strips inside a panel, where values are not yet rounded to the dtype of the scales.
+
+        Args:
+            last: nobody will ask for R of columns that are done, so that it is left as it is.
         """
         columns, size, dtype = len(self.w), len(self.w) // self.groups, self.grid.scale.dtype
         scales = self._scales(self.grid)
+        each, finer = scales.unbind(), scales.reciprocal().unbind()
         low: Any = [self.grid.low] * self.groups
         high: Any = [self.grid.high] * self.groups
         if self.grid.zero is not None:
             zero = self.grid.zero.T.to(self.w.dtype)
-            low, high = self.grid.low - zero, self.grid.high - zero
+            low, high = (self.grid.low - zero).unbind(), (self.grid.high - zero).unbind()
         steps = self.h.diagonal().reciprocal().tolist()
+        places = torch.arange(columns, device=self.w.device) // size
         for start in range(0, columns, panel):
             stop = min(start + panel, columns)
-            block, local = self.residual[start:stop].clone(), self.h[start:stop, start:stop]
-            changes = torch.empty_like(block)
-            for i in range(stop - start):
-                column, g = start + i, (start + i) // size
-                value, change, scale = self.values[column], changes[i], scales[g]
-                best = torch.add(value, block[i], alpha=steps[column]).div_(scale).round_().clamp_(low[g], high[g])
-                if self.fixed is not None:
-                    best.masked_fill_(self.fixed[column], 0.0)
-                self.ints[column] = best
-                best = best.mul_(scale).to(dtype)
-                torch.sub(best, value, out=change)
-                value.copy_(best)
-                block[i + 1 :].addr_(local[i, i + 1 :], change, alpha=-1)
-            self.residual.addmm_(self.h[:, start:stop], changes, alpha=-1)
+            block, before = self.residual[start:stop].clone(), self.values[start:stop].clone()
+            for first in range(start, stop, STRIP):
+                end = min(first + STRIP, stop)
+                strip, local = block[first - start : end - start], self.h[first:end, first:end]
+                wanted, values, changes = strip.unbind(), self.values[first:end], torch.empty_like(strip)
+                ints, olds, moves = self.ints[first:end].unbind(), values.unbind(), changes.unbind()
+                for i in range(end - first):
+                    column, g = first + i, (first + i) // size
+                    best = torch.add(olds[i], wanted[i], alpha=steps[column], out=ints[i])
+                    best.mul_(finer[g]).round_().clamp_(low[g], high[g])
+                    if self.fixed is not None:
+                        best.masked_fill_(self.fixed[column], 0.0)
+                    torch.mul(best, each[g], out=moves[i]).sub_(olds[i])
+                    strip[i + 1 :].addr_(local[i, i + 1 :], moves[i], alpha=-1)
+                new = (self.ints[first:end] * scales[places[first:end]]).to(dtype).to(self.w.dtype)
+                torch.sub(new, values, out=changes)
+                values.copy_(new)
+                block[end - start :].addmm_(self.h[end:stop, first:end], changes, alpha=-1)
+            begin = stop if last else 0
+            self.residual[begin:].addmm_(self.h[begin:, start:stop], self.values[start:stop] - before, alpha=-1)
 
     def _cost(self, values: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """[out]: the error of every row."""

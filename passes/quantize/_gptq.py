@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 
 from ...compress.runtime.grid import Grid, dequantize, quantize
-from ._descent import descend
+from ._descent import STRIP, descend
 from ._rtn import absmax_grid, searched_grid
 
 MOST_RETRIES = 8
@@ -174,28 +174,35 @@ def gptq(
     fixed = None if mask is None else mask[:, order].T.contiguous()
     scales, zeros = _spread(grids[0], precision) if static else (None, None)
     for start in range(0, columns, blocksize):
-        stop = min(start + blocksize, columns)
-        block, local = rest[start:stop], factored[start:stop, start:stop]
-        errors = torch.empty_like(block)
-        for i in range(stop - start):
-            column = start + i
-            if not static and column % size == 0:
-                later = rest[stop:] - factored[start:column, stop:].T @ errors[:i]
+        stop, first = min(start + blocksize, columns), start
+        block, errors = rest[start:stop], torch.empty_like(rest[start:stop])
+        while first < stop:  # strips, in which rank-one updates stay in a core's cache; a group begins with one
+            begun = first - start
+            if not static and first % size == 0:
+                later = rest[stop:] - factored[start:first, stop:].T @ errors[:begun]
                 if slope is not None:
-                    later += slope[start:column, stop:].T @ block[:i]
-                now = torch.cat([block[i:], later])[:size].T
-                now = now if fixed is None else now.masked_fill(fixed[column : column + size].T, 0.0)
-                grids.append(grid_of(now, -1, importance[column : column + size]))
+                    later += slope[start:first, stop:].T @ block[:begun]
+                now = torch.cat([block[begun:], later])[:size].T
+                now = now if fixed is None else now.masked_fill(fixed[first : first + size].T, 0.0)
+                grids.append(grid_of(now, -1, importance[first : first + size]))
                 scales, zeros = _spread(grids[-1], precision)
             assert scales is not None
-            place = places[column] // size if static else 0
-            value = block[i]
-            q = _nearest(value, scales[place], None if zeros is None else zeros[place], bits, dtype)
-            rounded[column] = q if fixed is None else q.masked_fill_(fixed[column], 0.0)
-            torch.sub(value, q, out=errors[i]).div_(diagonal[column])
-            block[i + 1 :].addr_(local[i, i + 1 :], errors[i], alpha=-1)
+            end = min(first + STRIP, stop, columns if static else (first // size + 1) * size)
+            strip, local = rest[first:end], factored[first:end, first:end]
+            values, slips, points = strip.unbind(), errors[begun : end - start].unbind(), rounded[first:end].unbind()
+            for i, value in enumerate(values):
+                column = first + i
+                place = places[column] // size if static else 0
+                q = _nearest(value, scales[place], None if zeros is None else zeros[place], bits, dtype)
+                points[i].copy_(q if fixed is None else q.masked_fill_(fixed[column], 0.0))
+                torch.sub(value, q, out=slips[i]).div_(diagonal[column])
+                strip[i + 1 :].addr_(local[i, i + 1 :], slips[i], alpha=-1)
+                if slope is not None:
+                    strip[i + 1 :].addr_(slope[column, column + 1 : end], value)
+            rest[end:stop].addmm_(factored[first:end, end:stop].T, errors[begun : end - start], alpha=-1)
             if slope is not None:
-                block[i + 1 :].addr_(slope[column, column + 1 : stop], value)
+                rest[end:stop].addmm_(slope[first:end, end:stop].T, strip)
+            first = end
         rest[stop:].addmm_(factored[start:stop, stop:].T, errors, alpha=-1)
         if slope is not None:
             rest[stop:].addmm_(slope[start:stop, stop:].T, block)
@@ -238,7 +245,7 @@ def inverse_factor(h: torch.Tensor, damp: float) -> tuple[torch.Tensor | None, i
     Float64; columns without input get a 1 on the diagonal. None if H never becomes positive definite. With the rows and
     columns of H reversed, ``H = V V^T`` for an upper triangular V, and the factor is ``V^-1``.
     """
-    full = h.double().clone()
+    full = h.to(torch.float64, copy=True)
     diagonal = full.diagonal()
     diagonal[diagonal == 0] = 1.0
     if not torch.isfinite(full).all():
@@ -246,15 +253,28 @@ def inverse_factor(h: torch.Tensor, damp: float) -> tuple[torch.Tensor | None, i
     mean, plain = float(diagonal.mean()), diagonal.clone()
     if mean <= 0:
         return None, 0
-    one = torch.eye(len(full), dtype=full.dtype, device=full.device)
     for retry in range(MOST_RETRIES + 1):
         diagonal.copy_(plain + damp * 10**retry * mean)
         lower, info = torch.linalg.cholesky_ex(full.flip(0, 1))
         if int(info) == 0:
-            upper = torch.linalg.solve_triangular(lower.flip(0, 1), one, upper=True)
+            upper = _inverse(lower.flip(0, 1))
             if torch.isfinite(upper).all():
                 return upper, retry
     return None, MOST_RETRIES
+
+
+def _inverse(upper: torch.Tensor) -> torch.Tensor:
+    """Of an upper triangular matrix, by halves, so that most of it is products and half of it is never looked at."""
+    size = len(upper)
+    if size <= 256:
+        one = torch.eye(size, dtype=upper.dtype, device=upper.device)
+        return torch.linalg.solve_triangular(upper, one, upper=True)
+    half = size // 2
+    left, right = _inverse(upper[:half, :half]), _inverse(upper[half:, half:])
+    found = torch.zeros_like(upper)
+    found[:half, :half], found[half:, half:] = left, right
+    found[:half, half:] = (left @ upper[:half, half:] @ right).neg_()
+    return found
 
 
 def row_errors(w: torch.Tensor, q: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

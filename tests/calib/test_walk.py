@@ -309,6 +309,18 @@ def test_memory_is_let_go() -> None:
         assert len(real) <= 2, f"{unit.name}: only the last block and the finished tower are kept, not {real}"
 
 
+@pytest.mark.parametrize(("family", "kept"), [("llava", False), ("smolvlm", False), ("blip-2", True)])
+def test_a_tower_that_only_the_connector_reads_is_let_go_with_it(family: str, kept: bool) -> None:
+    view, data = view_of(zoo.model(family)), batches(family)
+    wanted = [logits(view, batch) for batch in data]
+    walk = Walk(view, data, ["connector", "language"])
+    held = {}
+    for unit in walk:
+        memo = walk._memos.get(view.tower_path)
+        held[unit.part] = memo is not None and any(t.stride() != (0,) * t.ndim for t in _tensors(memo))
+    assert held == {"connector": True, "language": kept} and same(replayed(walk), wanted)
+
+
 # ------------------------------------------------------------------------------------------------------------- the rest
 
 
@@ -355,8 +367,8 @@ def test_a_unit_that_is_called_twice_in_a_forward() -> None:
 def test_every_second_of_a_walk_belongs_to_one_kind_of_work(tmp_path: Path) -> None:
     view = view_of(zoo.model("llava"))
     seconds: dict[str, float] = {}
-    began = time.perf_counter()
     walk = Walk(view, [zoo.batch("llava", samples=2)], "language", scratch=tmp_path, seconds=seconds)
+    began = time.perf_counter()
     for unit in walk:
         unit.observe(Hessian, token_weights="gradient")
         time.sleep(0.05)

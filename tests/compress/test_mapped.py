@@ -109,3 +109,21 @@ def test_small_models_stay_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_torch_runtime_takes_linears_of_a_lazily_loaded_model() -> None:
     facts = [use_kernels(storage.load_model("demo", lazy=lazy)) for lazy in (False, True)]
     assert facts[1]["dense"] == facts[0]["dense"]
+
+
+def test_slabs_are_all_of_a_tensor_in_place_and_the_memory_comes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mapped, "SLAB", mapped.PAGE)
+    linear = nn.Linear(1000, 33)
+    wanted = linear.weight.detach().clone()
+    mapped.map_weights(linear)
+    sizes = []
+    for part in mapped.slabs(linear.weight):
+        part.mul_(2)
+        sizes.append(part.nbytes)
+    assert len(sizes) == 33 and sum(sizes) == wanted.nbytes and max(sizes) == mapped.PAGE
+    assert resident(linear.weight) < wanted.nbytes and torch.equal(linear.weight.data, 2 * wanted)
+    turned = wanted.T
+    assert [part.shape for part in mapped.slabs(turned)] == [turned.shape]
+    assert list(mapped.slabs(torch.zeros(0, 3))) == []
