@@ -13,7 +13,7 @@ import svlm
 from svlm.calib import attribution
 from svlm.calib.attribution import _remarks, _Trial, _verdict, attribute
 from svlm.calib.dataset import CalibrationSet
-from svlm.calib.judge import compared
+from svlm.calib.metrics.paired import compared
 from svlm.calib.workbench import Workbench
 from svlm.compress.anatomy import ModelView
 from svlm.compress.errors import UsageError
