@@ -6,17 +6,16 @@ itself failed; 130 interrupted; 141 the reader of the output went away.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from .compress import __version__
-from .compress.errors import DataError, GateFailed, PromiseBroken, SvlmError
+from .compress.errors import GateFailed, PromiseBroken, SvlmError
 from .compress.export.table import FORMATS, format_table
 from .compress.options import (
     Assignments,
@@ -25,26 +24,18 @@ from .compress.options import (
     State,
     analysing,
     comparing,
-    data_option,
     debug,
-    distil_option,
     lazy_option,
     lmms_option,
     loading,
-    plots_option,
     printing,
-    recipe_option,
     speed,
     threads_option,
     trust_option,
     work,
 )
-
-if TYPE_CHECKING:
-    from .compress.families import Family
-    from .compress.recipe import Recipe
-
-DEMO = "demo"
+from .passes.experiments.commands import experiment
+from .passes.given import DEMO, data_of, print_json, recipe_of, rows_of
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -118,10 +109,10 @@ def passes(name: str | None, as_json: bool) -> None:
 
     if name is None:
         facts = menu_facts(find(n) for n in names())
-        _print_json(facts) if as_json else print_menu(facts)
+        print_json(facts) if as_json else print_menu(facts)
     else:
         kind = find(name)
-        _print_json(pass_facts(kind)) if as_json else print_pass(kind)
+        print_json(pass_facts(kind)) if as_json else print_pass(kind)
 
 
 @cli.command()
@@ -140,9 +131,9 @@ def inspect(model: str, anatomy: Path | None, trust_remote_code: bool, as_json: 
     from .compress.report.tables import print_anatomy
     from .passes.api import load_view
 
-    view = load_view(model, rows=_rows(anatomy), trust_remote_code=trust_remote_code)
+    view = load_view(model, rows=rows_of(anatomy), trust_remote_code=trust_remote_code)
     facts = inspect_table(view) | {"passes": [entry.name for entry in view.ledger]}
-    _print_json(facts) if as_json else print_anatomy(facts)
+    print_json(facts) if as_json else print_anatomy(facts)
 
 
 @cli.command()
@@ -164,16 +155,16 @@ def plan(
       svlm plan demo -r default
       svlm plan ./my-vlm -r recipe.yaml -d questions.jsonl
     """
-    steps = _recipe(recipe, assignments, gate)
+    steps = recipe_of(recipe, assignments, gate)
     source = data or (DEMO if model == DEMO else None)
     from .compress.pipeline import describe_steps
     from .compress.report.tables import print_plan
     from .passes.plan import checks as make_checks
 
     described = describe_steps(steps)
-    checks = make_checks(model, steps, source, batch_size, rows=_rows(anatomy), trust_remote_code=trust_remote_code)
+    checks = make_checks(model, steps, source, batch_size, rows=rows_of(anatomy), trust_remote_code=trust_remote_code)
     if as_json:
-        _print_json({"recipe": steps.to_json(), "steps": described, "checks": checks})
+        print_json({"recipe": steps.to_json(), "steps": described, "checks": checks})
     else:
         print_plan(steps, described, checks)
 
@@ -205,9 +196,9 @@ def compress(
 
     Killed or interrupted: the same command with --resume goes on at the last finished block.
     """
-    steps = _recipe(recipe, assignments, gate)
-    samples = _data(data, model)
-    rows = _rows(anatomy)
+    steps = recipe_of(recipe, assignments, gate)
+    samples = data_of(data, model)
+    rows = rows_of(anatomy)
     from .compress.report.terminal import progress, stage_line
     from .passes.api import Options, compress_model
 
@@ -254,15 +245,15 @@ def verify(
 
     limit = None if gate is None else Gate.parse(gate)
     alone = benchmarks and not (data or gate or asked["analyses"] or asked["folder"])
-    samples = None if alone else _data(data, against)
+    samples = None if alone else data_of(data, against)
     from .compress.report.tables import print_comparison
     from .compress.report.terminal import progress
     from .passes.lmms import verify as compare
 
-    options: dict[str, Any] = {"score": score, "rows": _rows(anatomy), **asked}
+    options: dict[str, Any] = {"score": score, "rows": rows_of(anatomy), **asked}
     with progress() as told:
         result = compare(out, against, samples, benchmarks, gate=limit, progress=told, **options)
-    _print_json(result) if as_json else print_comparison(result)
+    print_json(result) if as_json else print_comparison(result)
     return 0 if result["passed"] else 1
 
 
@@ -297,7 +288,7 @@ def report(outs: tuple[Path, ...], page: Path | None, other_data: bool, as_markd
         facts = compare_runs(outs, other_data=other_data)
         if page:
             write_comparison(page, facts)
-        _print_json(facts) if as_json else print_runs(facts)
+        print_json(facts) if as_json else print_runs(facts)
     elif as_markdown:
         click.echo(markdown(read(out)), nl=False)
     else:
@@ -326,9 +317,9 @@ def export(
     """
     from .passes.api import export_model
 
-    facts = export_model(out, name, folder, dense=dense, rows=_rows(anatomy), trust_remote_code=trust_remote_code)
+    facts = export_model(out, name, folder, dense=dense, rows=rows_of(anatomy), trust_remote_code=trust_remote_code)
     if as_json:
-        _print_json(facts)
+        print_json(facts)
     else:
         click.echo(f"{folder}: {facts['format']}, {facts['bytes'] / 1e6:.1f} MB, {facts['packed']} linears packed")
         for sentence in facts["notes"]:
@@ -382,100 +373,17 @@ def bench(
 
     if against:
         made = measure(out, against, runtime=runtime, threads=threads)
-        _print_json(made) if as_json else click.echo("\n".join(lines(made)))
+        print_json(made) if as_json else click.echo("\n".join(lines(made)))
         return
     if runtime != "torch":
         raise click.UsageError("--kernels is about the torch runtime")
     from .compress.report.tables import print_kernels
 
     facts = kernel_table(out, threads=threads)
-    _print_json(facts) if as_json else print_kernels(facts)
+    print_json(facts) if as_json else print_kernels(facts)
 
 
-@cli.group(cls=Commands)
-@debug
-def experiment() -> None:
-    """One question about one model, answered with a table, a plot and its figures as JSON.
-
-    \b
-    Examples:
-      svlm experiment attention demo -o plots
-      svlm experiment distillation demo -o plots --steps 100
-      svlm experiment alignment demo -r small -o plots
-    """
-
-
-@experiment.command()
-@click.argument("model")
-@plots_option
-@click.option("--longest", type=click.IntRange(128), default=2048, show_default=True, help="Tokens, at the most.")
-@loading
-@threads_option
-@printing
-def attention(model: str, **options: Any) -> None:
-    """Time and memory of MODEL's attention variants on this device over sequence length, with random weights."""
-    _experiment("attention", options, model)
-
-
-@experiment.command()
-@click.argument("model")
-@distil_option
-@data_option
-@plots_option
-@click.option("--steps", type=click.IntRange(1), help="Of the distilling pass, instead of the recipe's.")
-@loading
-@speed
-@printing
-def distillation(model: str, recipe: str, data: str | None, **options: Any) -> None:
-    """Teacher, student before and student after distillation: accuracy by tag, KL, bias, alignment."""
-    _experiment("distillation", options, model, _recipe(recipe, [], None), _data(data, model))
-
-
-@experiment.command()
-@click.argument("model")
-@recipe_option
-@data_option
-@plots_option
-@loading
-@speed
-@printing
-def alignment(model: str, recipe: str, data: str | None, **options: Any) -> None:
-    """Visual and language embeddings before and after each pass of RECIPE; gates are not asked, nothing is saved."""
-    _experiment("alignment", options, model, _recipe(recipe, [], None), _data(data, model))
-
-
-def _experiment(name: str, options: dict[str, Any], *arguments: Any) -> None:
-    from .compress.report.terminal import progress
-    from .passes.experiments import run, show
-
-    as_json, rows = options.pop("as_json"), _rows(options.pop("anatomy"))
-    with progress() as told:
-        made = run(name, *arguments, **options, rows=rows, progress=told)
-    _print_json(made) if as_json else show(made)
-
-
-def _recipe(source: str, assignments: Assignments, gate: str | None) -> Recipe:
-    from .compress.gate import Gate
-    from .compress.recipe import read_recipe
-    from .passes import find
-    from .recipes import SHIPPED
-
-    made = read_recipe(source, find, SHIPPED).override(assignments)
-    return made if gate is None else made.with_gate(Gate.parse(gate))
-
-
-def _data(data: str | None, model: str) -> str:
-    if data is None and model != DEMO:
-        raise DataError("say which data shall judge the passes", change="-d questions.jsonl; 'svlm --help' says more")
-    return data or DEMO
-
-
-def _rows(path: Path | None) -> tuple[Family, ...]:
-    if path is None:
-        return ()
-    from .compress.families import Family
-
-    return (Family.from_yaml(path),)
+cli.add_command(experiment)
 
 
 def _show_run(out: Path, as_json: bool) -> None:
@@ -484,11 +392,7 @@ def _show_run(out: Path, as_json: bool) -> None:
 
     made = read(out)
     if as_json:
-        _print_json(made)
+        print_json(made)
     else:
         print_stages(made)
         click.echo(f"report: {out / 'report.html'}")
-
-
-def _print_json(value: Any) -> None:
-    click.echo(json.dumps(value, indent=1, ensure_ascii=False, default=str))
