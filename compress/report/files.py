@@ -10,7 +10,6 @@ from typing import Any
 
 from ..disk import write_whole
 from ..errors import OutputError, SvlmError
-from .card import card_files
 from .page import html
 
 REPORT, PAGE, ANSWERS = "report.json", "report.html", "answers.json"
@@ -47,6 +46,8 @@ def write_run(
     Raises:
         OutputError: the folder cannot be written.
     """
+    from .card import card_files
+
     out = Path(out_dir)
     write(out, report, gallery)
     write_texts(out, {ANSWERS: as_json(answers), **card_files(report, out, original)})

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .. import __version__
-from . import analyses as a
 from . import rows as r
 from . import sections as s
 from . import words as w
@@ -47,6 +46,8 @@ def html(report: Mapping[str, Any], gallery: Sequence[Mapping[str, Any]] = ()) -
         report: report.json as a mapping, schema 1; `compress.report.verified` makes one of what `svlm verify` found.
         gallery: pictures with answers: image (a data URI), question, reference, before, after, tags, flip.
     """
+    from . import analyses as a
+
     from . import plots
 
     rows = r.stage_rows(report)
