@@ -47,7 +47,6 @@ def html(report: Mapping[str, Any], gallery: Sequence[Mapping[str, Any]] = ()) -
         gallery: pictures with answers: image (a data URI), question, reference, before, after, tags, flip.
     """
     from . import analyses as a
-
     from . import plots
 
     rows = r.stage_rows(report)
