@@ -17,7 +17,7 @@ PARTS = {  # of a model: how its share is drawn
     "vision": (GOOD, ""), "connector": (OCHRE, "xxxx"), "language": (GREEN, "////"), "prefill": (GREEN, "////"),
     "embeddings": (PURPLE, "...."), "head": (PURPLE, "...."),
 }  # fmt: skip
-NAMES = {"prefill": "language model"}
+NAMES = {"prefill": "language"}
 LOG = 6  # an axis whose ends are further apart than this many times is logarithmic
 
 
@@ -136,9 +136,10 @@ def _name(row: Row) -> str:
 
 
 def _interval(row: Row) -> list[float]:
-    """The paired interval around the original's score, percent."""
+    """The paired interval around the original's score, percent: what of it a score can be."""
     main = row["main"]
-    return [100 * (main["reference"] + main["low"]), 100 * (main["reference"] + main["high"])]
+    most = max(1.0, main["reference"], main["value"])
+    return [100 * min(max(main["reference"] + main[end], 0.0), most) for end in ("low", "high")]
 
 
 def _limits(rows: Sequence[Row]) -> tuple[float, float]:
