@@ -190,6 +190,7 @@ def test_runs_are_compared_question_by_question(tmp_path: Path) -> None:
     assert facts["settings"]["quantize.gptq: bits"] == ["4", "3"]
     assert "prune.structured: ratio" not in facts["settings"]
     assert facts["says"][0].startswith("bad is the smallest, 1.44 MB (÷5.42) at 90.2 %")
+    assert facts["says"][1] == "bad has the highest exact match as well."
     page = Page(comparison_html(facts))
     for words in ("bad less good", "▼ worse", "quantize.gptq: bits", "★ bad", "McNemar"):
         assert words in page.text, words
@@ -208,7 +209,7 @@ def test_runs_judged_on_different_questions_are_refused_or_marked(tmp_path: Path
     assert facts["pairs"] == []
     assert "different questions" in facts["warnings"][0]
     assert "their accuracies do not compare" in Page(comparison_html(facts)).text
-    assert not any("answers best" in sentence for sentence in facts["says"])
+    assert not any("has the highest" in sentence for sentence in facts["says"])
 
 
 def test_runs_of_an_earlier_svlm_are_known_by_both_splits(tmp_path: Path) -> None:

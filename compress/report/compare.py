@@ -84,7 +84,9 @@ def _says(rows: Sequence[r.Row], same: bool) -> list[str]:
     if judged and same:
         best = max(judged, key=lambda row: (row["main"]["value"], -row["bytes"]))
         both = " as well" if best is small else ""
-        said.append(f"{best['run']} answers best{both}" + (f", {_short(best)}." if not both else "."))
+        said.append(
+            f"{best['run']} has the highest {best['main']['name']}{both}" + (f", {_short(best)}." if not both else ".")
+        )
         beaten = [row["run"] for row in rows if not row["front"]]
         if beaten:
             said.append(f"Another run is both smaller and no worse than {', '.join(beaten)}.")

@@ -125,7 +125,7 @@ def parts_svg(rows: Sequence[Row], key: str, unit: str, scale: float, parts: Seq
             start += width
         label(axes, f"{start:.3g}", start, y, ha="left", xytext=(4, -3))
     handles = [Patch(facecolor=PARTS[p][0], hatch=PARTS[p][1], edgecolor=CARD, label=NAMES.get(p, p)) for p in shown]
-    legend(figure, handles, columns=2 if len(handles) > 3 else 3)
+    legend(figure, handles, columns=2)
     axes.set_xlim(0, 1.17 * widest)
     axes.set_xlabel(unit, color=MUTED, fontsize=8)
     return svg(figure, f"parts-{key}", f"{unit} by part and stage")
