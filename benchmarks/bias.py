@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--amount", type=float, default=8.0, help="on the logit")
     parser.add_argument("--ratio", type=float, default=0.5)
     parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--lr", type=float, default=3e-4)
+    parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--train", default="full")
     parser.add_argument("--fit", type=int, default=128)
