@@ -185,7 +185,7 @@ def says(report: Mapping[str, Any]) -> list[str]:
         more = overall["ci95"] is not None and overall["ci95"][0] > 0
         told.append(
             f"Over all corruptions of the picture it lost {_points(overall)} more than the original"
-            + ("." if more else ": the interval does not lie above zero.")
+            + ("." if more else ": the interval reaches zero, so that may be chance.")
         )
     names = [name for name, entry in report["by_change"].items() if entry["clear"]]
     told += [f"Under {n.replace('_', ' ')} it lost {_points(report['by_change'][n])} more." for n in names]

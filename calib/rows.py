@@ -93,6 +93,11 @@ def answers_of(value: Any, where: str) -> tuple[str, ...]:
     values = value if isinstance(value, list) else [value]
     if any(isinstance(v, bool) or not isinstance(v, (str, int, float)) for v in values):
         raise DataError("an answer is a text or a list of texts", where=where, found=repr(value)[:200])
+    if any(isinstance(v, str) and not v.strip() for v in values):
+        raise DataError(
+            "an accepted answer is empty", where=where, found=repr(value)[:200],
+            change="give the answer, or leave it out: then the original's own serves",
+        )  # fmt: skip
     given = Counter(str(v) for v in values)
     return tuple(text for text, _ in given.most_common() for _ in range(given[text]))
 

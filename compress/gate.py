@@ -159,6 +159,8 @@ class Gate:
         """Whether the evidence suffices that no more than `allowed` was lost, and what it says instead."""
         assert self.confidence is not None
         most = proof.bound(evidence, self.confidence)
+        if BOUNDS[self.metric] == "max_drop":
+            most = max(most, 0.0)  # that something was gained is nothing that a gate claims
         at = f"{100 * self.confidence:g} % confidence"
         if most <= allowed:
             return True, f"at {at} no more than {self._spell(most)}"
@@ -191,13 +193,13 @@ class Gate:
             advice = f"where nothing is lost and {flips}, check: {proof.rounded(enough)} does in four runs of five"
         claim = f"a loss of at most {self._spell(allowed)} at {100 * self.confidence:g} % confidence"
         if check < proof.least(allowed, self.confidence):
-            return f"check: {check} cannot prove {claim}, whatever the model; {advice}"
+            return f"check: {check} cannot prove {claim} of a model that answers as the original does; {advice}"
         if enough is None or check < enough:
             return f"check: {check} is likely too few to prove {claim}; {advice}"
         return None
 
     def hopeless(self, check: int) -> bool:
-        """Whether no model whatever can hold the gate with so few questions."""
+        """Whether so few questions prove the gate of no model but one that got better than the original."""
         if self.confidence is None or self.metric not in BY_QUESTION:
             return False
         return check < proof.least(getattr(self, BOUNDS[self.metric]), self.confidence)

@@ -79,6 +79,8 @@ def _analysis(ctx: click.Context, option: click.Parameter, asked: bool) -> None:
 
 
 def _names(_: click.Context, __: click.Parameter, text: str | None) -> list[str]:
+    if text is not None and not text.strip(" ,"):
+        raise click.BadParameter("name at least one, such as pope")
     return [name.strip() for name in (text or "").split(",") if name.strip()]
 
 

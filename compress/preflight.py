@@ -45,7 +45,7 @@ def preflight(
 
 
 def check_evidence(recipe: Recipe, check: int) -> None:
-    """A gate that no model can hold with `check` questions stops a run before it begins, unless it is to be ignored."""
+    """A gate of which `check` questions prove nothing stops a run before it begins, unless it is to be ignored."""
     for index, step in enumerate(recipe.steps, start=1):
         if step.gate and step.gate.on_fail != "keep" and step.gate.hopeless(check):
             raise RecipeError(

@@ -284,6 +284,8 @@ def verify(
     }
     if not Path(storage.resolve(out)).is_dir():
         raise OutputError("no such folder", where=str(out), change="give the OUT of an earlier 'svlm compress'")
+    if folder is not None:
+        disk.make_folder(folder)  # before the work
     samples = CalibrationSet.load(data, **pick)
     original, small = (load_view(spec, rows=rows, trust_remote_code=trust_remote_code) for spec in (against, out))
     bench = Workbench(original, samples, batch_size=batch_size, latency=False, progress=progress)
@@ -292,7 +294,7 @@ def verify(
     result = {
         "model": str(out),
         "against": str(against),
-        "data": bench.info,
+        "data": bench.info | {"answers_from_original": bench.judge.answers_from_original},
         "quality": quality,
         "gate": gate.to_json() if gate else None,
         "passed": passed,

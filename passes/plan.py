@@ -7,7 +7,7 @@ from typing import Any
 
 from ..calib.dataset import CalibrationSet
 from ..calib.workbench import Workbench
-from ..compress.preflight import check_room, foreseen, rehearse
+from ..compress.preflight import check_evidence, check_room, foreseen, rehearse
 from ..compress.recipe import Recipe
 from . import find
 from .api import load_view
@@ -38,4 +38,5 @@ def checks(model: str, recipe: Recipe, data: str | None, batch_size: int, **opti
         judges = len(samples.check)
         rehearse(recipe, view, Workbench(view, samples, batch_size=batch_size, latency=False), find, options)
         found.append("every pass ran on two samples of a shrunken copy, which was saved and loaded back equal")
+    check_evidence(recipe, judges)
     return found + foreseen(recipe, judges)

@@ -42,7 +42,7 @@ def yes_no(right: Sequence[bool], said: Sequence[bool | None]) -> dict[str, Json
 
     Returns:
         n; neither: answers that are neither, counted wrong; yes_rate; accuracy; precision, recall and f1 of yes (0
-        where there is nothing to divide by).
+        where there is nothing to divide by; None where yes is never right).
     """
     n, pairs = len(right), list(zip(right, said))
     hits, yes, due = pairs.count((True, True)), list(said).count(True), list(right).count(True)
@@ -52,9 +52,9 @@ def yes_no(right: Sequence[bool], said: Sequence[bool | None]) -> dict[str, Json
         "neither": list(said).count(None),
         "yes_rate": _ratio(yes, n),
         "accuracy": _ratio(sum(a == b for a, b in pairs), n),
-        "precision": precision,
-        "recall": recall,
-        "f1": _ratio(2 * hits, yes + due),
+        "precision": precision if due else None,
+        "recall": recall if due else None,
+        "f1": _ratio(2 * hits, yes + due) if due else None,
     }
 
 

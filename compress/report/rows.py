@@ -59,7 +59,7 @@ def quality_row(quality: Mapping[str, Any]) -> Row:
         "delta": match.get("delta"),
         "low": low,
         "high": high,
-        "mcnemar_p": match.get("mcnemar_p"),
+        "p": match.get("p_images", match.get("mcnemar_p")),
         "right_to_wrong": match.get("right_to_wrong"),
         "wrong_to_right": match.get("wrong_to_right"),
         "kl": quality.get("kl"),

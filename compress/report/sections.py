@@ -132,11 +132,11 @@ def checks(report: Mapping[str, Any]) -> list[Row]:
 
 
 BIAS = {
-    "amplification": "amplification: predicts what went together in the data more often than it did",
+    "amplification": "amplification: answers moved to those that are given too often anyway",
     "answer_prior": "answer prior: leans on the most frequent answers",
     "yes_rate": "yes rate: says yes more often",
     "position": "position: prefers the place of an option",
-    "tag_gap": "tag gap: best against worst tag",
+    "tag_gap": "tag gap: from the best value of a tag to its worst",
 }
 
 
@@ -151,7 +151,8 @@ def bias_rows(report: Mapping[str, Any]) -> list[Row]:
             low, high = entry.get("ci95") or (None, None)
             clear = low is not None and high is not None and (low > 0 or high < 0)
             label = key.replace("_", " ") + (f": {name}" if name else "")
-            row = {"key": label, "words": BIAS.get(key, label), "value": entry["value"], "low": low, "high": high}
+            words = BIAS.get(key, label) + (f", {name}" if name else "")
+            row = {"key": label, "words": words, "value": entry["value"], "low": low, "high": high}
             rows.append(row | {"shown": clear, "n": entry.get("n")})
     return rows
 

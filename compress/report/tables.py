@@ -113,10 +113,13 @@ def _print_quality(result: Mapping[str, Any]) -> None:
     row = r.quality_row(result["quality"])
     cells = [
         w.percent(row["reference"]), w.percent(row["exact_match"]), r.change(row), r.flips(row),
-        w.number(row["mcnemar_p"], ".3g"), w.number(row["kl"], ".4f"), w.percent(row["agreement"]),
+        w.number(row["p"], ".3g"), w.number(row["kl"], ".4f"), w.percent(row["agreement"]),
     ]  # fmt: skip
-    titles = ["original", "this", "change, points [95\u00a0%]", "flips", "McNemar p", "KL", "agree"]
+    titles = ["original", "this", "change, points [95\u00a0%]", "flips", "p", "KL", "agree"]
     print_table(titles, [cells], right=[True] * len(titles))
+    borrowed = (result.get("data") or {}).get("answers_from_original")
+    if borrowed:
+        print(f"{borrowed:,} questions had no answer: what the original says to them counts as right.")
     for sentence in facts(result["quality"]):
         print(sentence)
     if result["gate"]:

@@ -123,7 +123,7 @@ def test_what_says_neither_is_wrong_and_no_yes() -> None:
     assert found["accuracy"] == pytest.approx(1 / 3) and found["neither"] == 2 and found["yes_rate"] == 1 / 3
     assert (found["precision"], found["recall"], found["f1"]) == (1.0, 0.5, pytest.approx(2 / 3))
     nothing = yes_no([False], [False])
-    assert (nothing["precision"], nothing["recall"], nothing["f1"], nothing["accuracy"]) == (0, 0, 0, 1)
+    assert (nothing["precision"], nothing["recall"], nothing["f1"], nothing["accuracy"]) == (None, None, None, 1)
 
 
 @pytest.mark.parametrize(
