@@ -50,11 +50,8 @@ def _yes_no(quality: Mapping[str, Any]) -> str:
         "recall": "recall",
         "f1": "F1",
     }
-    rates = ", ".join(
-        f"{name} {percent(now[key])} ({percent(was[key])} before)"
-        for key, name in shown.items()
-        if now[key] is not None
-    )
+    told = [key for key in shown if now[key] is not None]
+    rates = ", ".join(f"{shown[key]} {percent(now[key])} ({percent(was[key])} before)" for key in told)
     unclear = f"; {now['neither']} answers are neither ({was['neither']} before)" if now["neither"] else ""
     return f"{now['n']} yes/no questions: {rates}{unclear}."
 

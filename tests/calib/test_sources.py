@@ -205,6 +205,7 @@ def test_an_unknown_name_lists_those_that_are_known(spec: str) -> None:
         ({"image": [], "question": "what?"}, "a row without an image"),
         ({"image": {"path": "0.png"}, "question": "what?"}, "an image is a path"),
         ({**GOOD, "answer": {"text": "a"}}, "an answer is a text"),
+        ({**GOOD, "answer": " "}, "an accepted answer is empty"),
         ({**GOOD, "tags": ["count"]}, "tags are an object"),
         ({**GOOD, "messages": []}, "either 'question' or 'messages'"),
         ({"image": "0.png", "messages": [{"role": "assistant", "content": "a"}]}, "a row without a question"),

@@ -100,6 +100,10 @@ def test_a_gate_with_confidence_holds_only_on_evidence(lost, gained, n, holds, w
     assert plain is (lost - gained <= 0.01 * n) and "confidence" not in sentence and says.startswith(sentence)
 
 
+def test_a_gate_claims_no_gain():
+    assert "no more than 0.00 points" in SURE.judge(proved(0, 30, 512))[1]
+
+
 def test_more_confidence_asks_for_more():
     measured = proved(0, 0, 512)
     held = [Gate(max_drop=0.01, confidence=c).judge(measured)[0] for c in (0.5, 0.9, 0.99, 0.9999)]
