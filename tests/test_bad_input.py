@@ -205,6 +205,7 @@ def test_a_disk_that_fills_up_loses_nothing_and_resume_goes_on(small_disk: Calla
     assert svlm.load(out) is not None
 
 
+@pytest.mark.slow
 def test_what_the_user_put_into_out_survives_another_run(tmp_path: Path) -> None:
     plan = Recipe.from_json(SMALL, find)
     api.compress_model("demo", plan, "demo", tmp_path / "out", api.Options(latency=False))
@@ -213,6 +214,7 @@ def test_what_the_user_put_into_out_survives_another_run(tmp_path: Path) -> None
     assert (tmp_path / "out" / "notes.txt").read_text() == "good at counting"
 
 
+@pytest.mark.slow
 def test_a_recipe_that_cannot_run_takes_nothing_from_an_earlier_run(tmp_path: Path) -> None:
     out = tmp_path / "out"
     api.compress_model("demo", Recipe.from_json(SMALL, find), "demo", out, api.Options(latency=False, keep_stages=True))

@@ -103,6 +103,7 @@ def test_a_run_leaves_a_small_model_that_loads_and_answers(data, tmp_path):
     assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in fresh.parameters())
 
 
+@pytest.mark.slow
 def test_verify_from_disk_gives_the_figures_of_the_run(data, tmp_path):
     out = tmp_path / "out"
     report = run(recipe({"quantize.rtn": {"bits": 3, "group": 64}, "gate": None}), data, out)
@@ -172,6 +173,7 @@ def test_retry_walks_up_the_ladder_and_the_report_shows_the_tries(data, tmp_path
     assert all(t["verdict"] == "failed" for t in stage["tries"]) and stage["gate_passed"]
 
 
+@pytest.mark.slow
 def test_skip_restores_and_keep_goes_on(data, tmp_path):
     worse = {"quantize.rtn": {"bits": 2, "group": -1, "where": ["language"]}}
     bound = {"metric": "kl", "max": 1e-9}

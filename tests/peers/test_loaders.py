@@ -244,7 +244,8 @@ def test_bitsandbytes_takes_every_family(step: BNB, family: str, tmp_path: Path)
         assert close(logits(model, batch), wanted, 2 * TOLERANCE)
 
 
-@pytest.mark.parametrize("bits", [4, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [4, 8])
 def test_the_demo_model_answers_alike_in_bitsandbytes(bits: int, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     view = svlm.load_view("demo")

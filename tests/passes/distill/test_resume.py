@@ -194,6 +194,7 @@ def test_recovery_starts_at_any_batch(tmp_path: Path) -> None:
     assert own[0].answers, "where the data has no answers, the original's own are learnt"
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_and_out_holds_no_optimizer_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = CalibrationSet.load("demo", fit=8, check=8, seed=0)
     step = {"distill.logits": {"steps": 6, "batch_size": 4, "where": "language.blocks[-1].mlp", "data": "fit"}}

@@ -106,6 +106,7 @@ def test_lost_mass(folder: Path, bench: svlm.Workbench) -> None:
     assert numbers["lost_mass_max"] == pytest.approx(max(mass), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_pipeline_verify_ask_and_resume(folder: Path, bench: svlm.Workbench, tmp_path: Path) -> None:
     options = api.Options(latency=False, batch_size=4, keep_stages=True)
     arguments = (str(folder / "model"), folder / "r.yaml", str(folder / "q.jsonl"), tmp_path / "out")

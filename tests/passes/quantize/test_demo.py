@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import Any
 
+import pytest
 import torch
 
 from svlm.calib.dataset import CalibrationSet
@@ -28,6 +29,7 @@ def answers(model: Any, batches: list[Any]) -> torch.Tensor:
     return torch.cat(rows)
 
 
+@pytest.mark.slow
 def test_three_bits() -> None:
     data = CalibrationSet.load("demo", fit=64, check=96)
     original = storage.load_model("demo")

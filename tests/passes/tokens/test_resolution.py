@@ -318,6 +318,7 @@ def test_smaller_pictures_and_ids_of_its_own(folder: Path, bench: svlm.Workbench
     assert speech.judge.reference().answers == bench.judge.reference().answers
 
 
+@pytest.mark.slow
 def test_through_the_pipeline(folder: Path, tmp_path: Path) -> None:
     """With a rehearsal, to disk, and judged from there."""
     out = tmp_path / "out"
