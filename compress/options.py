@@ -106,18 +106,6 @@ lazy_option = click.option(
     "--lazy/--eager", default=None, help="Weights read from a temporary file piece by piece, or all in memory. "
     "[default: lazy where they would take a quarter of the free memory]",
 )  # fmt: skip
-attribute_option = click.option(
-    "--attribute", "attribution", is_flag=True, callback=_analysis, expose_value=False,
-    help="Which part lost it: parts of the original are put back one by one.",
-)  # fmt: skip
-robustness_option = click.option(
-    "--robustness", "robustness", is_flag=True, callback=_analysis, expose_value=False,
-    help="Ask 128 questions again with worse pictures, longer prompts and more turns; takes minutes.",
-)  # fmt: skip
-alignment_option = click.option(
-    "--alignment", "alignment", is_flag=True, callback=_analysis, expose_value=False,
-    help="Compare hidden states block by block, and visual tokens with text.",
-)  # fmt: skip
 lmms_option = click.option(
     "--lmms-eval", "benchmarks", metavar="NAMES", callback=_names,
     help="Benchmarks of lmms-eval by name, or task files: pope,mme,my-task.yaml. Without -d only these.",
@@ -148,7 +136,16 @@ def together(*options: Any) -> Callable[[Any], Any]:
 
 work = together(recipe_option, data_option, set_option, gate_option)
 comparing = together(data_option, gate_option, score_option, anatomy_option)
-analysing = together(attribute_option, alignment_option, robustness_option)
+analysing = together(
+    *(
+        click.option(flag, name, is_flag=True, callback=_analysis, expose_value=False, help=says)
+        for flag, name, says in (
+            ("--attribute", "attribution", "Which part lost it: parts of the original are put back one by one."),
+            ("--alignment", "alignment", "Compare hidden states block by block, and visual tokens with text."),
+            ("--robustness", "robustness", "Ask 128 questions again with worse pictures, longer prompts, more turns."),
+        )
+    )
+)
 printing = together(as_json, debug)
 loading = together(anatomy_option, trust_option)
 speed = together(batch_option, threads_option)

@@ -1,4 +1,4 @@
-"""What every plot stands on: an empty figure, the palette, labels that keep apart, and the figure as inline SVG.
+"""What every plot stands on: an empty figure, the palette, labels that keep apart, SVG for pages and files.
 
 Colours are the page's CSS variables, so that plots follow light and dark; what a colour says is also said by a shape, a
 hatch or a word. The hues are those of Okabe and Ito's palette, darker on white and lighter on black, told apart by
@@ -11,7 +11,8 @@ import html
 import io
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -133,18 +134,33 @@ def svg(figure: Figure, name: str, says: str) -> str:
         name: tells its inner ids apart from those of other figures on the page.
         says: what a screen reader reads.
     """
+    text = re.sub(r' (?:width|height)="[\d.]+pt"', "", _drawn(figure, name), count=2)
+    return text.replace("<svg", f'<svg role="img" class="plot" aria-label="{html.escape(says)}"', 1)
+
+
+def svg_file(figure: Figure, name: str) -> str:
+    """The figure as a file of its own, with the page's palette in it: light or dark by the reader's choice."""
+    blocks = re.findall(r":root \{([^}]*)\}", files(__package__).joinpath("style.css").read_text("utf-8"))
+    light, dark = (" ".join(block.split()) for block in blocks[:2])
+    style = (
+        f"<style>svg{{{light} font-family:system-ui,sans-serif}}"
+        f"@media (prefers-color-scheme:dark){{svg{{{dark}}}}}</style>"
+    )
+    return re.sub(r"(<svg[^>]*>)", lambda found: found[1] + style, _drawn(figure, name, facecolor=CARD), count=1)
+
+
+def _drawn(figure: Figure, name: str, **options: Any) -> str:
+    """The figure's `<svg>` with variables for colours, without matplotlib's fonts and most of its ids."""
     from matplotlib import rc_context
 
     buffer = io.StringIO()
     nothing = {"Creator": None, "Date": None, "Format": None, "Type": None}
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": f"svlm-{name}", "hatch.linewidth": 0.8}):
-        figure.savefig(buffer, format="svg", metadata=nothing)
+        figure.savefig(buffer, format="svg", metadata=nothing, **options)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     for sentinel, variable in VARIABLES.items():
         text = text.replace(sentinel, variable)
     text = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", text)
     text = re.sub(r' id="[A-Za-z0-9]+_[0-9]+"', "", text)
-    text = re.sub(r' (?:width|height)="[\d.]+pt"', "", text, count=2)
-    text = re.sub(r"\n\s*", "\n", text)
-    return text.replace("<svg", f'<svg role="img" class="plot" aria-label="{html.escape(says)}"', 1)
+    return re.sub(r"\n\s*", "\n", text)

@@ -1,54 +1,32 @@
-"""What the plots of experiments share: an empty figure, the palette, and the file that is readable in light and dark.
+"""What the plots of experiments share: titles, curves, scales, and where figures and plots go.
 
-Hues are those of Okabe and Ito, darker on white and lighter on black; every series has a marker and dashes of its own.
+Palette, empty figures and the SVG itself are those of the report (compress/report/svg.py).
 """
 
 from __future__ import annotations
 
-import io
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...compress.disk import write_json, write_whole
+from ...compress.report import svg as plots
+from ...compress.report.svg import CARD, INK, LINE, MUTED, SERIES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# drawn in these, replaced by variables afterwards: (light, dark)
-PALETTE = {
-    "#010101": ("ink", "#1b1b1b", "#ececec"),
-    "#020202": ("muted", "#5c5c5c", "#a8a8a8"),
-    "#030303": ("line", "#dddddd", "#3a3a3a"),
-    "#040404": ("paper", "#ffffff", "#14161a"),
-    "#050505": ("blue", "#0072b2", "#56b4e9"),
-    "#060606": ("vermillion", "#d55e00", "#ff8a3d"),
-    "#070707": ("green", "#00805d", "#2fcf9f"),
-    "#080808": ("purple", "#a8558a", "#e7a3cb"),
-    "#090909": ("yellow", "#8a6d00", "#f0c94a"),
-}
-INK, MUTED, LINE, PAPER, *HUES = PALETTE
-DASHES = ("-", (0, (5, 2)), (0, (2, 1.4)), (0, (7, 2, 2, 2)), (0, (1, 1)), (0, (9, 3)))
-SERIES = tuple(zip((*HUES, INK), ("o", "s", "D", "^", "v", "P"), DASHES))  # colour, marker, dashes
+__all__ = ["CARD", "INK", "LINE", "SERIES", "by_ratio", "curve", "doubling", "empty", "leave", "legend", "titled"]
 
 
 def empty(rows: int, columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
-    """A figure of `rows` x `columns` axes, in inches."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained", facecolor=PAPER)
-    every = list(figure.subplots(rows, columns, squeeze=False).flat)
+    """A figure of `rows` x `columns` axes, in inches, with both scales."""
+    figure, every = plots.empty(height, columns=columns, rows=rows, width=width)
     for axes in every:
-        axes.set_facecolor(PAPER)
-        axes.tick_params(axis="both", which="both", color=LINE, labelcolor=MUTED, labelsize=8)
         axes.grid(color=LINE, linewidth=0.7)
-        axes.set_axisbelow(True)
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
-        for side in ("left", "bottom"):
-            axes.spines[side].set_color(LINE)
+        axes.spines["left"].set_visible(True)
+        axes.spines["left"].set_color(LINE)
     return figure, every
 
 
@@ -98,26 +76,5 @@ def leave(made: dict[str, Any], folder: Path, **figures: Figure) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     made["files"] = [str(folder / f"{name}.svg") for name in figures]
     for name, figure in figures.items():
-        write_whole(folder / f"{name}.svg", svg(figure, name))
+        write_whole(folder / f"{name}.svg", plots.svg_file(figure, name))
     write_json(folder / f"{made['experiment']}.json", made)
-
-
-def svg(figure: Figure, name: str) -> str:
-    """The figure as an SVG file whose colours follow the reader's choice of light or dark."""
-    from matplotlib import rc_context
-
-    buffer = io.StringIO()
-    nothing = {"Creator": None, "Date": None, "Format": None, "Type": None}
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": f"svlm-{name}"}):
-        figure.savefig(buffer, format="svg", metadata=nothing, facecolor=PAPER)
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    for drawn, (variable, _, _) in PALETTE.items():
-        text = text.replace(drawn, f"var(--{variable})")
-    text = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", text)
-    light, dark = ("".join(f"--{row[0]}:{row[i]};" for row in PALETTE.values()) for i in (1, 2))
-    style = (
-        f"<style>svg{{{light}font-family:system-ui,sans-serif}}"
-        f"@media (prefers-color-scheme:dark){{svg{{{dark}}}}}</style>"
-    )
-    return re.sub(r"(<svg[^>]*>)", lambda found: found[1] + style, text, count=1)

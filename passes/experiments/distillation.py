@@ -173,7 +173,7 @@ def _figure(made: Mapping[str, Any]) -> Any:
             colour, _, _ = figures.SERIES[number]
             where = place + (-0.2 if number == 1 else 0.2)
             hatch = "" if number == 1 else "////"
-            middle.barh(where, row[key], height=0.36, color=colour, hatch=hatch, edgecolor=figures.PAPER)
+            middle.barh(where, row[key], height=0.36, color=colour, hatch=hatch, edgecolor=figures.CARD)
             middle.annotate(
                 f"{row[key]:.3f}", (row[key], where), (4, -3), textcoords="offset points", fontsize=8, color=figures.INK
             )

@@ -14,6 +14,7 @@ import torch
 from svlm.compress.anatomy import view_of
 from svlm.compress.errors import RecipeError, Unmet
 from svlm.compress.recipe import Calibration, Recipe, Step
+from svlm.compress.report.svg import VARIABLES
 from svlm.passes import api, experiments, find
 from svlm.passes.experiments import _figures as figures
 from svlm.passes.experiments import alignment, attention, distillation
@@ -29,7 +30,7 @@ def readable(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     ElementTree.fromstring(text)
     assert "prefers-color-scheme:dark" in text and "var(--ink)" in text
-    assert not any(drawn in text for drawn in figures.PALETTE)
+    assert not any(drawn in text for drawn in VARIABLES)
     for colour in re.findall(r"(?:fill|stroke): (#[0-9a-f]{6})", text):
         pytest.fail(f"{path.name} has a colour that does not follow light and dark: {colour}")
 
