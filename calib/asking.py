@@ -9,6 +9,8 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
@@ -17,34 +19,61 @@ from transformers.generation import GenerationMixin
 from ..compress.anatomy import ModelView
 from ..compress.base import Progress, Silent
 from ..compress.errors import WorkFailed
-from .encode import Encoder
+from .encode import Encode, Encoder
 from .metrics.divergence import log_probabilities
+from .packing import alike, packed
 from .sample import Sample
 
 LOGIT_BYTES = 1 << 30  # logits of one forward; batches with more are split
+TRIED = 8  # questions that are asked both ways before `packed` is relied on
+CLOSE = 1e-4  # `packing.alike`
+Batch = Mapping[str, torch.Tensor]
+Layout = Callable[[ModelView, Batch], Batch]  # how a batch goes into a forward; the answer tokens keep their order
 
 
-def scored(view: ModelView, encoder: Encoder, samples: Sequence[Sample]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def singly(view: ModelView, batch: Batch) -> Batch:
+    """A sequence for every question."""
+    return batch
+
+
+def layout(view: ModelView, encode: Encode, samples: Sequence[Sample]) -> Layout:
+    """`packed`, where some of `samples` share pictures and `view` says the same of them like that; else `singly`."""
+    shown = [[image.content for image in sample.images] for sample in samples]
+    first = next((i for i, (one, other) in enumerate(pairwise(shown)) if one and one == other), None)
+    if first is None:
+        return singly
+
+    def asked(layout: Layout) -> torch.Tensor:
+        return torch.cat([log_p for log_p, _ in scored(view, encode, samples[first : first + TRIED], layout)])
+
+    return packed if alike(partial(asked, singly), partial(asked, packed), CLOSE) else singly
+
+
+def scored(
+    view: ModelView, encode: Encode, samples: Sequence[Sample], layout: Layout = singly
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Log-probabilities [answer tokens, vocabulary] and reference tokens of each sample, teacher-forced.
 
     Raises:
         WorkFailed: logits that are not finite; names the sample.
     """
-    batch = _on(view, encoder.encode(samples))
+    batch = _on(view, encode(samples))
     labels = batch["labels"]
     vocabulary = view.model.config.get_text_config(decoder=True).vocab_size
     most = max(1, LOGIT_BYTES // (4 * labels.shape[1] * vocabulary))
     if most < len(samples):
         for start in range(0, len(samples), most):
-            yield from scored(view, encoder, samples[start : start + most])
+            yield from scored(view, encode, samples[start : start + most], layout)
         return
+    counts = (labels != -100).sum(1).tolist()
     # with labels: they tell prompt from answer to prefix-LM masks, and to passes that look at the prompt
-    logits = view.model(**batch).logits
+    laid = layout(view, batch)
+    logits, labels = view.model(**laid).logits, laid["labels"]
     if not view.family.seq2seq:
         logits, labels = logits[:, :-1], labels[:, 1:]
-    for sample, row, target in zip(samples, logits, labels):
-        marked = target != -100
-        log_p = log_probabilities(row[marked]).cpu()
+    marked = labels != -100
+    for sample, row, target in zip(samples, logits[marked].split(counts), labels[marked].cpu().split(counts)):
+        log_p = log_probabilities(row).cpu()
         if not torch.isfinite(log_p).all():
             raise WorkFailed(
                 "the model's logits are not finite",
@@ -52,7 +81,7 @@ def scored(view: ModelView, encoder: Encoder, samples: Sequence[Sample]) -> Iter
                 found=f"{int((~torch.isfinite(log_p)).sum())} of {log_p.numel()} log-probabilities",
                 change="milder settings for the last pass; in 16 bits, more range",
             )
-        yield log_p, target[marked].cpu()
+        yield log_p, target
 
 
 def of_target(log_p: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -98,6 +127,16 @@ def by_length(samples: Sequence[Sample], more: Callable[[Sample], int] = lambda 
     """The places of the samples by number of pictures and length, so that a batch needs little padding."""
     keys = [(len(s.images), len(json.dumps(s.conversation)) + more(s), i) for i, s in enumerate(samples)]
     return [i for *_, i in sorted(keys)]
+
+
+def by_picture(samples: Sequence[Sample]) -> list[int]:
+    """The same with questions about the same pictures side by side, so that they can be packed."""
+    order = by_length(samples, lambda s: len(s.answers[0]))
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for i in order:
+        shown = tuple(image.content for image in samples[i].images)
+        groups.setdefault(shown or (str(i),), []).append(i)
+    return [i for group in groups.values() for i in group]
 
 
 def _greedy(view: ModelView, encoder: Encoder, samples: Sequence[Sample], tokens: int) -> tuple[list[str], list[float]]:

@@ -14,8 +14,8 @@ from PIL import Image
 
 from ..compress.anatomy import ModelView
 from ..compress.base import Json, Progress, evaluating
-from .asking import by_length, of_target, scored
-from .encode import Encoder
+from .asking import Layout, by_picture, of_target, scored
+from .encode import Encode
 from .metrics.divergence import perplexity
 from .sample import ImageSource, Sample
 
@@ -46,16 +46,16 @@ class Blank:
         count = min(len(some), MOST, max(LEAST, len(some) // SHARE))
         self.places = [some[k * len(some) // count] for k in range(count)]
         self.samples = blanked([samples[i] for i in self.places])
-        order = by_length(self.samples)
+        order = by_picture(self.samples)
         self.batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
-    def ask(self, view: ModelView, encoder: Encoder, progress: Progress) -> torch.Tensor:
+    def ask(self, view: ModelView, encode: Encode, layout: Layout, progress: Progress) -> torch.Tensor:
         """Log-probabilities of the right answers' tokens [tokens]; `progress` gets a step for every batch."""
         rows: list[torch.Tensor] = []
         progress.start("asking about blank pictures", len(self.batches))
         with evaluating(view.model):
             for part in self.batches:
-                rows += [of_target(*row) for row in scored(view, encoder, [self.samples[i] for i in part])]
+                rows += [of_target(*row) for row in scored(view, encode, [self.samples[i] for i in part], layout)]
                 progress.step()
         progress.done()
         return torch.cat(rows) if rows else torch.empty(0)

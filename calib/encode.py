@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,10 @@ from ..compress.errors import DataError
 from .sample import Sample
 
 IGNORED = -100
+KEPT_BYTES = 1 << 28
 NO_LIMIT = 10**9  # tokenizers without a limit state 10^30
+
+Encode = Callable[[Sequence[Sample]], dict[str, Tensor]]  # `Encoder.encode`
 
 
 @dataclass(frozen=True)
@@ -263,6 +266,24 @@ class Encoder:
                     where=_place(sample),
                     change="the chat template has to place every image; give one image a question",
                 )
+
+
+class Kept:
+    """An `encode` that remembers its first batches, up to `KEPT_BYTES`: every stage asks the same questions."""
+
+    def __init__(self, encode: Encode) -> None:
+        self._encode, self._bytes = encode, 0
+        self._made: dict[tuple[int, ...], tuple[Sequence[Sample], dict[str, Tensor]]] = {}
+
+    def __call__(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
+        key = tuple(map(id, samples))
+        if key in self._made:
+            return dict(self._made[key][1])
+        batch = self._encode(samples)
+        self._bytes += sum(tensor.nbytes for tensor in batch.values())
+        if self._bytes <= KEPT_BYTES:
+            self._made[key] = samples, batch  # the samples too, or their ids would not be theirs for long
+        return dict(batch)
 
 
 def _place(sample: Sample) -> str:

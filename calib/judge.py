@@ -27,17 +27,18 @@ from ..compress.base import Json, Progress, Silent, evaluating
 from ..compress.disk import write_whole
 from ..compress.evidence import interval
 from ..compress.storage import fingerprint
-from .asking import Said, answers, by_length, of_target, scored
+from .asking import Layout, Said, answers, by_picture, layout, of_target, scored
 from .blank import LEAST, MOST, SHARE, Blank
-from .encode import Encoder
+from .encode import Encoder, Kept
 from .findings import by_answer, findings
 from .foretold import Foretold
 from .metrics.answers import exact_match
 from .metrics.bias import bias
-from .metrics.divergence import kl, kl_shortened, perplexity, shorten
+from .metrics.divergence import perplexity, shorten
 from .metrics.paired import by_group, by_tag, evidence, mean_evidence, sign_flip
 from .metrics.pairs import detectable, mcnemar
 from .metrics.scores import EXACT
+from .reference import Reference
 from .sample import Sample
 
 FULL_BYTES = 1 << 30  # the original's log-probabilities are kept whole up to this size
@@ -51,53 +52,6 @@ class Measurement:
 
     quality: dict[str, Json]
     items: list[dict[str, Json]]
-
-
-@dataclass
-class Reference:
-    """What the original says of the check split: greedy answers, and of every reference answer's tokens, in order:
-
-    Attributes:
-        values: log-probabilities [tokens, vocabulary]; where `indices` is there, those of the top ones [tokens, k].
-        indices, rest: ids of the top ones, and the log of the mass of all others [tokens].
-        chosen: log-probability of the reference token [tokens].
-        counts: tokens of each sample's reference answer [samples].
-        confidence: of its own answers [samples].
-        blind: log-probability of reference tokens where it sees a blank picture [tokens of `Judge.blank`].
-    """
-
-    answers: list[str]
-    values: torch.Tensor
-    chosen: torch.Tensor
-    counts: torch.Tensor
-    confidence: torch.Tensor
-    blind: torch.Tensor
-    indices: torch.Tensor | None = None
-    rest: torch.Tensor | None = None
-
-    @property
-    def said(self) -> Said:
-        """Its own answers."""
-        return Said(self.answers, self.confidence.tolist())
-
-    @cached_property
-    def _starts(self) -> list[int]:
-        return [0, *self.counts.cumsum(0).tolist()]
-
-    @property
-    def by_sample(self) -> Sequence[torch.Tensor]:
-        """`chosen`, a tensor for each sample."""
-        return self.chosen.split(self.counts.tolist())
-
-    def against(self, sample: int, log_q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """KL in nats and whether the most probable token is the same, by token, for `log_q` [tokens, vocabulary]."""
-        rows = slice(self._starts[sample], self._starts[sample + 1])
-        values = self.values[rows]
-        if self.indices is None or self.rest is None:
-            return kl(values, log_q), values.argmax(-1) == log_q.argmax(-1)
-        indices = self.indices[rows]
-        best = indices.gather(-1, values.argmax(-1, keepdim=True)).squeeze(-1)
-        return kl_shortened(values, indices, self.rest[rows], log_q), best == log_q.argmax(-1)
 
 
 class Judge:
@@ -130,6 +84,7 @@ class Judge:
         self.encoder, self.original, self.batch_size, self.first = encoder, original, batch_size, first
         self.score = score
         self._shown = shown or encoder
+        self._batches = {encoder: Kept(encoder.encode), self._shown: Kept(self._shown.encode)}
         self._given, self._cache_dir = tuple(samples), cache_dir
         self.answers_from_original = sum(not s.answers for s in samples)
         self._reference: Reference | None = None
@@ -192,17 +147,28 @@ class Judge:
         def compare(i: int, log_q: torch.Tensor, chosen: torch.Tensor) -> None:
             distances[i] = (*reference.against(i, log_q), chosen)
 
-        known = None if answering else reference.said
-        after = self._ask(view, self._shown, told, "measuring", compare, known)
+        known, laid = None if answering else reference.said, self._layout(view, self._shown)
+        after = self._ask(view, self._shown, laid, told, "measuring", compare, known)
         *columns, seeing = zip(*distances)
         distance, same, chosen = (torch.cat(rows) for rows in (*columns, seeing))
         made = self._compare(reference.said, after, distance, same, chosen)
         if answering:
-            blind = self.blank.ask(view, self._shown, told)
+            blind = self.blank.ask(view, self._shown.encode, laid, told)
             made.quality["blank"] = self.blank.compare(blind, seeing, reference.blind, reference.by_sample)
             made.quality["generated"] = self.generated
         for item, (apart, *_) in zip(made.items, distances):
             item |= {"kl": float(apart.double().mean()), "tokens": len(apart)}
+        return made
+
+    def baseline(self, progress: Progress | None = None) -> Measurement:
+        """What measuring the original itself gives: all of it is known once it was asked."""
+        reference = self.reference(progress)
+        nothing = torch.zeros(len(reference.chosen))
+        made = self._compare(reference.said, reference.said, nothing, nothing == 0, reference.chosen)
+        blind, seeing = reference.blind, reference.by_sample
+        made.quality.update(blank=self.blank.compare(blind, seeing, blind, seeing), generated=0)
+        for item, count in zip(made.items, reference.counts.tolist()):
+            item |= {"kl": 0.0, "tokens": count}
         return made
 
     def _compare(
@@ -266,6 +232,7 @@ class Judge:
         self,
         view: ModelView,
         encoder: Encoder,
+        laid: Layout,
         progress: Progress,
         what: str,
         tell: Callable[[int, torch.Tensor, torch.Tensor], None],
@@ -278,12 +245,12 @@ class Judge:
         `generate` agrees; if it does not, every answer is generated.
         """
         foretold = Foretold(view, self._new_tokens, encoder.decode)
-        order = by_length(self.samples, lambda s: len(s.answers[0]))
+        order = self._order
         batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
         progress.start(what, len(batches))
         with evaluating(view.model):
             for part in batches:
-                rows = scored(view, encoder, [self.samples[i] for i in part])
+                rows = scored(view, self._batches[encoder], [self.samples[i] for i in part], laid)
                 for i, (log_p, target) in zip(part, rows):
                     of_reference = of_target(log_p, target)
                     tell(i, log_p, of_reference)
@@ -299,6 +266,14 @@ class Judge:
                 said = foretold.all_answers(len(self.samples), self.batch_size, generate)
                 self.generated = foretold.generated
         return said
+
+    def _layout(self, view: ModelView, encoder: Encoder) -> Layout:
+        with evaluating(view.model):
+            return layout(view, encoder.encode, [self.samples[i] for i in self._order])
+
+    @cached_property
+    def _order(self) -> list[int]:
+        return by_picture(self.samples)
 
     @cached_property
     def _new_tokens(self) -> int:
@@ -337,8 +312,9 @@ class Judge:
                 rows[:] = [row and shorten(row[0], TOP) for row in rows]
 
         known = self.first.reference(progress).said if self.first is not None else None
-        said = self._ask(self.original, self.encoder, progress, "asking the original", keep, known)
-        blind = self.blank.ask(self.original, self.encoder, progress)
+        laid = self._layout(self.original, self.encoder)
+        said = self._ask(self.original, self.encoder, laid, progress, "asking the original", keep, known)
+        blind = self.blank.ask(self.original, self.encoder.encode, laid, progress)
         values, *more = (torch.cat(column) for column in zip(*rows))
         counts, sure = torch.tensor([len(c) for c in chosen]), torch.tensor(said.confidence, dtype=torch.float64)
         reference = Reference(said.texts, values, torch.cat(chosen), counts, sure, blind, *more)
@@ -377,7 +353,7 @@ class Judge:
     def fingerprint(self) -> str:
         """Of all that the reference depends on."""
         first = self.first.fingerprint if self.first is not None else ""
-        sizes = (self.batch_size, FULL_BYTES, TOP, MOST, LEAST, SHARE)
+        sizes = ("by picture", self.batch_size, FULL_BYTES, TOP, MOST, LEAST, SHARE)
         digest = hashlib.sha256(f"{self._model_print} {sizes} {first}".encode())
         for s in self._given:
             digest.update(f"{_content(s)} {s.answers!r}\n".encode())

@@ -18,8 +18,8 @@ from ..compress.anatomy import ModelView
 from ..compress.base import Json, Progress, Silent
 from ..compress.errors import DataError
 from .corruptions import CORRUPTIONS, STRENGTHS, corrupted
-from .metrics.answers import exact_match
 from .metrics.resample import Pictures, Resampled, Weights, bootstrap, ratio
+from .metrics.scores import rate
 from .sample import Sample
 from .workbench import Workbench
 
@@ -60,10 +60,11 @@ def robustness(
         shifted: questions of another distribution that the data brings (``demo:shifted``), asked as they are.
 
     Returns:
-        clean: exact match without any change. rows: change, strength, n, value and reference (exact match), loss and
-        reference_loss, difference of the losses with ci95. by_change: difference over all strengths of a change, ci95,
-        and `clear`, whether the interval that holds for all changes at once lies above zero. pictures: the same over
-        all corruptions. left_out: changes that a model cannot be asked, with the reason. says: sentences.
+        score: the data's own, by which answers are rated. clean: that score without any change. rows: change, strength,
+        n, value and reference (of the score), loss and reference_loss, difference of the losses with ci95. by_change:
+        difference over all strengths of a change, ci95, and `clear`, whether the interval that holds for all changes at
+        once lies above zero. pictures: the same over all corruptions. left_out: changes that a model cannot be asked,
+        with the reason. says: sentences.
     """
     told = progress or Silent()
     samples = bench.judge.samples[:questions]
@@ -79,7 +80,7 @@ def robustness(
             left_out[_title(change)] = str(error).splitlines()[0]
         told.step(note=_title(change))
     told.done()
-    return compared(samples, clean, answered) | {"left_out": left_out}
+    return compared(samples, clean, answered) | {"score": bench.judge.score, "left_out": left_out}
 
 
 def changes(
@@ -114,10 +115,10 @@ def changes(
 def compared(
     samples: Sequence[Sample], clean: NDArray[np.float64], answered: Sequence[tuple[Change, NDArray[np.float64]]]
 ) -> dict[str, Json]:
-    """What follows from right and wrong: `clean` and each change's, arrays [2, questions], original and small model."""
+    """What follows from the scores: `clean` and each change's, arrays [2, questions], original and small model."""
     names = [s.image_id for s in samples] + [s.image_id for change, _ in answered for s in change.samples]
     pictures = Pictures.of(names)
-    # one table: a row a picture; of each change (the unchanged first) the questions, and the sums of what was right
+    # one table: a row a picture; of each change (the unchanged first) the questions, and the sums of their scores
     first = Pictures(pictures.index[: len(samples)], pictures.count)
     rows: list[dict[str, Any]] = []
     start, tables = len(samples), []
@@ -204,14 +205,15 @@ def _points(entry: Mapping[str, Any]) -> str:
 
 
 def _asked(bench: Workbench, view: ModelView, samples: Sequence[Sample]) -> NDArray[np.float64]:
-    """Whether the original and `view` answer right [2, questions]."""
+    """How the answers of the original and of `view` score [2, questions]."""
     pairs = ((bench.judge, bench.original), (bench.speaking(view).judge, view))
     said = [judge.answers(model, samples) for judge, model in pairs]
-    return np.array([[exact_match(a, s.answers) for a, s in zip(row, samples)] for row in said], dtype=np.float64)
+    accepted = [s.answers for s in samples]
+    return np.array([rate(bench.judge.score, row, accepted) for row in said], dtype=np.float64)
 
 
 def _gap(pictures: Pictures, right: NDArray[np.float64]) -> Weights:
-    """By picture: questions, and how many more the original got right [pictures, 2]."""
+    """By picture: questions, and how much more the original scored [pictures, 2]."""
     return np.concatenate([pictures.sums(np.ones(len(pictures.index))), pictures.sums(right[1] - right[0])], axis=1)
 
 

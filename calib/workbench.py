@@ -123,6 +123,11 @@ class Workbench:
         measurement = self.speaking(view).judge.measure(view, progress or self.progress)
         return measurement.quality, measurement.items
 
+    def baseline(self, progress: Progress | None = None) -> tuple[dict[str, Json], list[dict[str, Json]]]:
+        """The same of the original: what it said when it was asked, compared with itself."""
+        measurement = self.judge.baseline(progress or self.progress)
+        return measurement.quality, measurement.items
+
     def alignment(self, view: ModelView, progress: Progress | None = None) -> dict[str, Json]:
         """Alignment of `view` with the original on a few check questions (calib/alignment.py)."""
         from .alignment import alignment, questions

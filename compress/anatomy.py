@@ -263,7 +263,7 @@ class ModelView:
         mask = batch.get("attention_mask")
         if mask is None:
             padding = torch.zeros_like(ids, dtype=torch.bool)
-        elif mask.ndim == 4:  # questions packed into one sequence (passes/distill/_pack.py): nobody else sees padding
+        elif mask.ndim == 4:  # questions packed into one sequence (calib/packing.py): nobody else sees padding
             padding = (mask.sum(2) <= 1)[:, 0] & (mask.sum(3) <= 1)[:, 0]
         else:
             padding = mask == 0

@@ -41,6 +41,8 @@ class Bench(Protocol):
 
     def measure(self, view: ModelView, progress: Progress) -> tuple[dict[str, Json], list[dict[str, Json]]]: ...
 
+    def baseline(self, progress: Progress) -> tuple[dict[str, Json], list[dict[str, Json]]]: ...  # of the original
+
     def compare(self, before: Items, after: Items) -> dict[str, Json]: ...  # answers to the same questions, paired
 
     def cost(self, view: ModelView, bytes_on_disk: int | None) -> dict[str, Json]: ...
@@ -204,7 +206,7 @@ class Pipeline:
         Validation began at `start` (`time.perf_counter`): with loading the saved stage.
         """
         kept, broken = ask_promises(view, self.find)
-        quality, items = bench.measure(view, self.progress)
+        quality, items = bench.measure(view, self.progress) if before else bench.baseline(self.progress)
         passed, says = step.gate.judge(quality) if step and step.gate else (True, "no gate")
         if broken:
             passed, says = False, broken

@@ -237,7 +237,10 @@ def test_two_runs_in_one_folder_are_one_too_many(tmp_path: Path) -> None:
         RunFolder(tmp_path / "link").claim(resume=False, overwrite=False)
 
 
-@pytest.mark.parametrize("content", ["[]", '{"schema": 1}', "{", '{"schema": 1, "storage_dtype": "nn"}'])
+DAMAGED = ("[]", '{"schema": 1}', "{", '{"schema": 1, "storage_dtype": "nn"}', '{"stages": [{}]}', '{"stages": [null]}')
+
+
+@pytest.mark.parametrize("content", DAMAGED)
 def test_damaged_books_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str) -> None:
     shutil.copytree(DEMO, tmp_path / "out")
     for name in ("svlm.json", "report.json"):

@@ -318,7 +318,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
     """A small real run on the demo model through the command line."""
     folder = tmp_path_factory.mktemp("cli")
     small = {
-        "calibration": {"fit": 4, "check": 48, "seed": 0},
+        "calibration": {"fit": 4, "check": 24, "seed": 0},
         "gate": {"metric": "exact_match", "max_drop": 1.0},
         "passes": [{"quantize.rtn": {"bits": 4, "group": 64}}],
     }

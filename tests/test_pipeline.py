@@ -63,7 +63,7 @@ def find(name):
 
 @pytest.fixture(scope="module")
 def data():
-    return CalibrationSet.load("demo", fit=16, check=48, seed=0)
+    return CalibrationSet.load("demo", fit=8, check=24, seed=0)
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +72,7 @@ def planted(monkeypatch):
 
 
 def recipe(*steps, gate=None):
-    value = {"passes": list(steps), "calibration": {"fit": 16, "check": 48}}
+    value = {"passes": list(steps), "calibration": {"fit": 8, "check": 24}}
     return Recipe.from_json(value | ({"gate": gate} if gate else {}), find)
 
 
@@ -257,7 +257,7 @@ def test_composing_by_hand(data):
     bench = svlm.Workbench(view, data, batch_size=16)
     notes = svlm.apply_pass(svlm.find("quantize.rtn")(bits=4, group=64), small, bench.context(small))
     quality, answers = bench.measure(small)
-    assert notes.numbers and 0 < quality["kl"] < 1 and len(answers) == 48
+    assert notes.numbers and 0 < quality["kl"] < 1 and len(answers) == 24
     with pytest.raises(Unmet):
         svlm.apply_pass(svlm.find("quantize.rtn")(bits=4, group=64), small, bench.context(small))
 

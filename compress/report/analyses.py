@@ -121,7 +121,8 @@ def _robustness(found: Mapping[str, Any]) -> dict[str, Any] | None:
         "id": "robustness",
         "title": "Robustness",
         "sentences": _sentences(found) + [f"Left out: {k} ({v})." for k, v in (found.get("left_out") or {}).items()],
-        "note": "What each model loses when pictures or prompts change, on the same questions.",
+        "note": "What each model loses when pictures or prompts change, on the same questions"
+        + (f", by {found['score']}." if found.get("score") else "."),
         "plots": plots,
         "titles": ["change", "strength", "original loses", "result loses", "difference, points [95 %]"],
         "rows": [

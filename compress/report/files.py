@@ -13,6 +13,7 @@ from ..errors import OutputError, SvlmError
 from .page import html
 
 REPORT, PAGE, ANSWERS = "report.json", "report.html", "answers.json"
+STAGE = ("index", "pass", "settings", "verdict", "quality", "cost")  # what every stage says
 
 
 def write(out_dir: str | Path, report: Mapping[str, Any], gallery: Sequence[Mapping[str, Any]] = ()) -> None:
@@ -73,7 +74,7 @@ def read(out_dir: str | Path) -> dict[str, Any]:
     """report.json of a run.
 
     Raises:
-        OutputError: there is none, or it is not JSON.
+        OutputError: there is none, or it is no report.
     """
     change = "give the OUT of a finished 'svlm compress'"
     try:
@@ -82,6 +83,11 @@ def read(out_dir: str | Path) -> dict[str, Any]:
         raise OutputError("no report here", where=str(out_dir), found=str(error), change=change) from error
     if not isinstance(report, dict) or not isinstance(report.get("stages"), list) or not report["stages"]:
         raise OutputError("report.json is no report of svlm", where=str(out_dir), found="no stages", change=change)
+    for number, stage in enumerate(report["stages"]):
+        lacks = [key for key in STAGE if not isinstance(stage, dict) or key not in stage]
+        if lacks:
+            found = f"stage {number} without {', '.join(lacks)}"
+            raise OutputError("report.json is damaged", where=str(out_dir), found=found, change=change)
     return report
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, islice
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -227,13 +228,16 @@ class Logits(Distill):
         model: ModelView, original: ModelView, batches: Sequence[Batch]
     ) -> tuple[Callable[[Batch], Batch], str]:
         """How a batch is laid out, and in words why so."""
+        from ...calib.packing import alike, packed
+        from ...calib.shown import as_original
         from ._observe import answer_logits
-        from ._pack import agrees, packed
 
         example = next((batch for batch in batches if packed(model, batch) is not batch), None)
         if example is None:
             return (lambda batch: batch), "no: no neighbouring questions about one picture"
-        if not agrees(model, original, example, answer_logits):
+        tight = packed(model, example)
+        asked = ((model, example, tight), (original, as_original(example), as_original(tight)))
+        if not all(alike(partial(answer_logits, v, one), partial(answer_logits, v, other)) for v, one, other in asked):
             return (lambda batch: batch), "no: the model answers packed questions differently"
         return (lambda batch: packed(model, batch)), "yes"
 

@@ -106,12 +106,12 @@ def test_the_tower_runs_once_for_each_of_its_states(bench: Workbench, damaged: M
     runs = []
     handle = damaged.parts["vision"][0].module.register_forward_hook(lambda *_: runs.append(1))
     first, second = (trial.measure(("language",)) for _ in range(2))
-    assert first == second and len(runs) == 3, "for the scores, for blank pictures, for the answers"
+    assert first == second and len(runs) == 4, "one by one, packed, for blank pictures, for the answers"
     trial.measure(("connector",))
-    assert len(runs) == 3
+    assert len(runs) == 4
     monkeypatch.setattr(attribution, "FEATURE_BYTES", 0)
     trial.features.kept.clear()
-    assert trial.measure(("language",)) == first and len(runs) == 6
+    assert trial.measure(("language",)) == first and len(runs) == 4 + 5  # packed for the trial and for the scores
     handle.remove()
     assert "forward" not in vars(damaged.tower)
 

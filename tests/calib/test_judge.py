@@ -178,13 +178,20 @@ def test_a_larger_model_is_scored_in_parts_with_a_shortened_reference(
     monkeypatch.setattr(judging, "TOP", 8)
     monkeypatch.setattr(asking, "LOGIT_BYTES", 300_000)  # a few questions a forward
     short = Judge(samples, Encoder(original.processor), original, tmp_path, batch_size=BATCH)
-    rows: list[int] = []
-    note = worse.model.register_forward_pre_hook(
-        lambda _, __, given: rows.append(len(given["input_ids"])) if "labels" in given else None, with_kwargs=True
-    )
+    rows: list[tuple[int, int]] = []
+
+    def note_size(_: object, __: object, given: dict[str, torch.Tensor]) -> None:
+        if "labels" in given:
+            rows.append((len(given["input_ids"]), int((given["labels"] != -100).sum())))
+
+    note = worse.model.register_forward_pre_hook(note_size, with_kwargs=True)
     quality, full = short.measure(worse).quality, measured.quality
     note.remove()
-    assert sum(rows) == 40 + 16 and max(rows) < BATCH / 2  # 16 of them again, about blank pictures
+    sizes, tokens = zip(*rows)
+    counts = short.reference().counts
+    asked = [*short._order, *short.blank.places, *2 * short._order[: asking.TRIED]]  # some packed and not, as a trial
+    assert len(short._order) == 40 and len(short.blank.places) == 16 and max(sizes) < BATCH / 2
+    assert sum(tokens) == int(counts[asked].sum())
     values = short.reference().values
     assert values.shape[1] == 8 and values.numel() * 4 < 20_000
     assert 0.5 * full["kl"] < quality["kl"] <= full["kl"] * 1.001

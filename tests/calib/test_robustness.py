@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -29,7 +30,7 @@ class Talks:
     """A judge whose model gets the questions wrong that `fails` says."""
 
     def __init__(self, known: list[Sample], fails: Any) -> None:
-        self.samples, self.fails = known, fails
+        self.samples, self.fails, self.score = known, fails, "exact_match"
         self.asked: list[list[Sample]] = []
 
     def answers(self, model: Any, samples: Sequence[Sample]) -> list[str]:
@@ -67,6 +68,18 @@ def test_what_the_small_model_alone_loses_is_found_and_named(samples: list[Sampl
         assert row["value"] == pytest.approx(1 - share) and row["ci95"][0] > 0
     assert any("Under blur it lost" in sentence for sentence in found["says"])
     assert json.loads(json.dumps(found)) == found
+
+
+def test_answers_are_rated_as_the_data_asks(samples: list[Sample]) -> None:
+    """By ANLS an answer without its last letter is nearly right, without its last five less so; exactly neither is."""
+    long = [dataclasses.replace(s, answers=("a sentence that is long",)) for s in samples[:8]]
+    made = bench(long, lambda s: False, blurred)
+    made.judge.score = "anls"
+    made.other.answers = lambda model, asked: [s.answers[0][: -5 if blurred(s) else -1] for s in asked]
+    found = r.robustness(made, None, questions=8)  # type: ignore[arg-type]
+    assert found["score"] == "anls" and found["clean"] == {"value": pytest.approx(22 / 23), "reference": 1.0}
+    assert found["by_change"]["noise"]["difference"] == pytest.approx(0)
+    assert found["by_change"]["blur"]["difference"] == pytest.approx(4 / 23)
 
 
 def test_what_both_lose_is_no_loss_of_the_small_model(samples: list[Sample], capsys: Any) -> None:

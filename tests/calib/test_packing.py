@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from svlm.calib.packing import alike, packed, sees
 from svlm.calib.shown import Shown
-from svlm.compress.anatomy import view_of
+from svlm.compress.anatomy import ModelView, view_of
 from svlm.passes.distill._observe import answer_logits
-from svlm.passes.distill._pack import agrees, packed, sees
 from svlm.passes.distill.logits import Logits
 from svlm.passes.tokens.dpp import DPP
 from svlm.passes.tokens.grid import Grid
@@ -35,6 +35,11 @@ def asked(family: str) -> dict[str, Tensor]:
     return batch
 
 
+def agrees(view: ModelView, batch: Mapping[str, Tensor]) -> bool:
+    """Whether packed questions are answered as single ones."""
+    return alike(lambda: answer_logits(view, batch), lambda: answer_logits(view, packed(view, batch)))
+
+
 @pytest.mark.parametrize("family", PACKS)
 def test_packed_questions_have_the_logits_and_the_gradients_of_single_ones(family: str) -> None:
     view, batch = view_of(zoo.model(family)), asked(family)
@@ -53,7 +58,7 @@ def test_packed_questions_have_the_logits_and_the_gradients_of_single_ones(famil
     assert gradients.keys() == packed_gradients.keys()
     for name, gradient in gradients.items():
         torch.testing.assert_close(packed_gradients[name], gradient, rtol=1e-3, atol=1e-3, msg=name)
-    assert agrees(view, view, batch, answer_logits)
+    assert agrees(view, batch)
 
 
 @pytest.mark.parametrize("family", PACKS)
@@ -70,13 +75,13 @@ def test_with_fewer_visual_tokens_too(family: str) -> None:
 def test_a_model_that_answers_packed_questions_differently_is_found_out(family: str) -> None:
     view, batch = view_of(zoo.model(family)), asked(family)
     batch["token_type_ids"] = (batch["input_ids"] == zoo.IMAGE).long()
-    assert packed(view, batch) is not batch and not agrees(view, view, batch, answer_logits)
+    assert packed(view, batch) is not batch and not agrees(view, batch)
 
 
 def test_a_choice_of_tokens_by_the_prompt_is_found_out() -> None:
     view, batch = view_of(zoo.model("llava")), asked("llava")
     DPP(keep=0.25, relevance="prompt").rebuild(view, {})
-    assert not agrees(view, view, batch, answer_logits)
+    assert not agrees(view, batch)
 
 
 @pytest.mark.parametrize("family", ["qwen2-vl", "blip-2-t5", "florence-2"])
@@ -131,7 +136,7 @@ def test_training_says_whether_it_packs_and_learns_the_same(recovery: bool, monk
     for packs in (True, False):
         student, teacher = pair()
         if not packs:
-            monkeypatch.setattr("svlm.passes.distill._pack.packed", lambda view, given: given)
+            monkeypatch.setattr("svlm.calib.packing.packed", lambda view, given: given)
         numbers = distilled(step, student, context(teacher, [batch], stream)).numbers
         assert str(numbers["packed"]).startswith("yes" if packs else "no")
         ends[packs] = torch.tensor(list(numbers["course"].values()))

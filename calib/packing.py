@@ -2,24 +2,20 @@
 
     picture and what stands before it | question 1, answer 1 | question 2, answer 2 | ...
 
-The shared beginning is computed once, so that a step with eight questions a picture costs little more than one with a
-single question. Positions of every question go on where the beginning ends, a four-dimensional mask keeps them apart:
-the logits are those of separate conversations, which `agrees` checks on the model itself before it is relied on.
+The shared beginning is computed once, so that eight questions about a picture cost little more than a single one.
+Positions of every question go on where the beginning ends, a four-dimensional mask keeps them apart: the logits are
+those of separate conversations, which `alike` checks on the model itself before it is relied on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ...calib.shown import Shown, as_original
-
-if TYPE_CHECKING:
-    from ...compress.anatomy import ModelView
-    from ._observe import Batch
+from ..compress.anatomy import ModelView
+from .shown import Batch, Shown
 
 CLOSE = 1e-3  # largest difference of logits, as a share of their spread, between packed and separate
 TEXTS = ("input_ids", "attention_mask", "labels")  # what a packed batch is laid out from
@@ -100,20 +96,16 @@ def sees(segments: Tensor) -> Tensor:
     return (torch.where(real, (same | shared) & causal, alone))[:, None]
 
 
-def agrees(model: ModelView, original: ModelView, batch: Batch, logits: Callable[[ModelView, Batch], Tensor]) -> bool:
-    """Whether both models say of `batch`, packed, what they say of its samples one by one.
+def alike(separate: Callable[[], Tensor], together: Callable[[], Tensor], close: float = CLOSE) -> bool:
+    """Whether a model says of a packed batch what it says of its samples one by one.
 
     Args:
-        batch: one that `packed` changes. logits: of a model at a batch's answer tokens, [answer tokens, vocabulary],
-            row-major.
+        separate, together: its logits, or log-probabilities, at the answer tokens [answer tokens, vocabulary].
+        close: largest difference between them, as a share of their spread.
     """
-    tight = packed(model, batch)
-    for view, separate, together in ((model, batch, tight), (original, as_original(batch), as_original(tight))):
-        try:
-            with torch.no_grad():
-                one, other = logits(view, separate), logits(view, together)
-        except (ValueError, RuntimeError, TypeError, IndexError):  # whatever its code does not take
-            return False
-        if one.shape != other.shape or not float((one - other).abs().max()) <= CLOSE * float(one.std()):
-            return False
-    return True
+    try:
+        with torch.no_grad():
+            one, other = separate(), together()
+    except (ValueError, RuntimeError, TypeError, IndexError):  # whatever its code does not take
+        return False
+    return one.shape == other.shape and float((one - other).abs().max()) <= close * float(one.std())
