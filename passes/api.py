@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -214,10 +215,12 @@ def _finish(
     report["error"] = (
         None if outcome.error is None else {"kind": type(outcome.error).__name__, "message": str(outcome.error)}
     )
+    start = time.perf_counter()
     report["reload"] = prove_reload(
         run.out, outcome.model.parent / "probe.safetensors", {"threads": torch.get_num_threads()}
     )
     report["analysis"] = {"alignment": _aligned(run.out, bench, o)}
+    report["seconds_finishing"] = round(time.perf_counter() - start, 3)
     index, answers = _last_good(outcome)
     questions = fingerprint((), bench.data.check)
     gallery = gallery_rows(bench.data.check, outcome.items[0], answers)

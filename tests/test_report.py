@@ -305,7 +305,10 @@ def test_the_share_of_validation_is_said_where_every_stage_knows_it() -> None:
             tried["seconds_measuring"] = 3.0
     seconds = sum(s["seconds"] + sum(t["seconds"] for t in s["tries"]) for s in report["stages"])
     share = 100 * 11 / (seconds + 11)
-    assert f"Validation took {share:.0f} % of the run, 11 s." in headline(report)
+    said = f"Validation took {share:.0f} % of the stages' time, 11 s"
+    assert f"{said}." in headline(report)
+    more = report | {"seconds_finishing": 7.4}
+    assert f"{said}; loading the result in a fresh process and comparing hidden states, 7 s more." in headline(more)
     assert [row["measuring"] for row in stage_rows(report)] == [2.0] * 4
     assert "validation 2 s" in stage_line(report["stages"][1])
     del report["stages"][3]["tries"][0]["seconds_measuring"]

@@ -205,13 +205,18 @@ def first_token(report: Mapping[str, Any]) -> list[str]:
 
 
 def validation(report: Mapping[str, Any]) -> list[str]:
-    """What share of the run's time was validation; of rungs that were tried and rolled back as well."""
+    """What share of the stages' time was validation, rungs that were rolled back included, and what came after them."""
     every = [entry for stage in report["stages"] for entry in (*(stage.get("tries") or []), stage)]
     if any(entry.get("seconds_measuring") is None for entry in every):
         return []
     measuring = sum(entry["seconds_measuring"] for entry in every)
     total = measuring + sum(entry.get("seconds") or 0.0 for entry in every)
-    return [f"Validation took {100 * measuring / total:.0f} % of the run, {measuring:.0f} s."] if total else []
+    if not total:
+        return []
+    said = f"Validation took {100 * measuring / total:.0f} % of the stages' time, {measuring:.0f} s"
+    if (after := report.get("seconds_finishing")) is not None:
+        said += f"; loading the result in a fresh process and comparing hidden states, {after:.0f} s more"
+    return [said + "."]
 
 
 def _retried(stage: Mapping[str, Any]) -> str:
