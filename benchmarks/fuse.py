@@ -15,6 +15,9 @@ prefuse-4, prefuse-4-n2, prefuse-1
 pool-4                 four tokens by pooling, with the same distillation: what prefuse has to beat.
 grid-50, grid-25, pool-50, pool-25
                        fewer tokens before the decoder: what the others have to beat at the same count.
+
+Each prefuse case that was run beside its pool case (the same count of tokens, the same distillation) is also asked
+--paired questions of other pictures together with it: `beside_pool` has the difference with its interval.
 """
 
 from __future__ import annotations
@@ -53,6 +56,7 @@ CASES: dict[str, list[dict[str, dict[str, Any]]]] = {
     "pool-50": [{"tokens.pool": {"keep": 0.5}}],
     "pool-25": [{"tokens.pool": {"keep": 0.25}}],
 }
+BESIDE = {"prefuse-4": "pool-4", "prefuse-1": "pool-1", "prefuse-4-muon": "pool-4-muon"}
 
 
 def there(case: str) -> bool:
@@ -98,12 +102,21 @@ def show(case: str, rows: list[dict[str, Any]]) -> None:
         )
 
 
+def beside_pool(case: str, runs: Path, questions: int) -> dict[str, Any]:
+    """Points of exact match that a case is ahead of pooling, over questions that neither run has seen."""
+    data = svlm.CalibrationSet.load("demo", fit=16, check=questions, seed=1)
+    bench = svlm.Workbench(svlm.load_view("demo"), data, latency=False)
+    theirs, mine = (bench.measure(svlm.load_view(runs / name))[1] for name in (BESIDE[case], case))
+    return {"questions": questions, **bench.compare(theirs, mine)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=list(CASES), default=[case for case in CASES if there(case)])
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--fit", type=int, default=256)
     parser.add_argument("--check", type=int, default=512)
+    parser.add_argument("--paired", type=int, default=1536)
     parser.add_argument("--runs", type=Path, default=Path("runs/fuse"))
     parser.add_argument("--json", type=Path, required=True)
     o = parser.parse_args()
@@ -115,6 +128,13 @@ def main() -> None:
             kept[case] = told(compress_model("demo", recipe, "demo", out, Options(resume=out.exists())))
             write_json(o.json, kept)
         show(case, kept[case])
+    pairs = kept.setdefault("beside_pool", {})
+    for case, pool in BESIDE.items():
+        if case not in pairs and all((o.runs / name / "svlm.json").is_file() for name in (case, pool)):
+            pairs[case] = beside_pool(case, o.runs, o.paired)
+            write_json(o.json, kept)
+        if case in pairs:
+            print(f"{case} beside {pool}: {pairs[case]}")
 
 
 if __name__ == "__main__":
