@@ -10,9 +10,9 @@ not run again. Cases whose passes are not on the menu are left out. Figures of a
 freeze, freeze-kl      visual tokens frozen in half of the blocks, chosen greedily or each alone.
 fastv-50, fastv-25     half or a quarter of each image's tokens from block 2 on. pyramid: a half, a quarter, an eighth.
 bypass, bypass-2       visual tokens skip the decoder and are read in one block, or in two; then distillation.
-prefuse-4, prefuse-4-n2, prefuse-1
-                       four tokens an image or one, after one block or two that fuse image and question; distilled.
-pool-4                 four tokens by pooling, with the same distillation: what prefuse has to beat.
+prefuse-4, prefuse-4-n2, prefuse-2, prefuse-1
+                       four tokens an image, two or one, after one block or two that fuse image and question; distilled.
+pool-4, pool-2, pool-1 as many tokens by pooling, with the same distillation: what prefuse has to beat.
 grid-50, grid-25, pool-50, pool-25
                        fewer tokens before the decoder: what the others have to beat at the same count.
 
@@ -46,8 +46,10 @@ CASES: dict[str, list[dict[str, dict[str, Any]]]] = {
     "bypass-3": [{"fuse.bypass": {"count": 3}}, LEARN],
     "prefuse-4": [{"fuse.prefuse": {"tokens": 4}}, HEAL],
     "prefuse-4-n2": [{"fuse.prefuse": {"tokens": 4, "blocks": 2}}, HEAL],
+    "prefuse-2": [{"fuse.prefuse": {"tokens": 2}}, HEAL],
     "prefuse-1": [{"fuse.prefuse": {"tokens": 1}}, HEAL],
     "pool-4": [{"tokens.pool": {"keep": 0.0625}}, HEAL],
+    "pool-2": [{"tokens.pool": {"keep": 0.03125}}, HEAL],
     "pool-1": [{"tokens.pool": {"keep": 0.015625}}, HEAL],
     "prefuse-4-muon": [{"fuse.prefuse": {"tokens": 4}}, LEARN],
     "pool-4-muon": [{"tokens.pool": {"keep": 0.0625}}, LEARN],
@@ -56,7 +58,7 @@ CASES: dict[str, list[dict[str, dict[str, Any]]]] = {
     "pool-50": [{"tokens.pool": {"keep": 0.5}}],
     "pool-25": [{"tokens.pool": {"keep": 0.25}}],
 }
-BESIDE = {"prefuse-4": "pool-4", "prefuse-1": "pool-1", "prefuse-4-muon": "pool-4-muon"}
+BESIDE = {"prefuse-4": "pool-4", "prefuse-2": "pool-2", "prefuse-1": "pool-1", "prefuse-4-muon": "pool-4-muon"}
 
 
 def there(case: str) -> bool:
