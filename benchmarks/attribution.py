@@ -95,9 +95,7 @@ def main() -> None:
             if (cause, seed) in known:
                 continue
             made.append(run(cause, seed, o.questions))
-            print(
-                f"{cause}, seed {seed}: {'right' if made[-1]['right'] else 'WRONG'}; {made[-1]['says'][0]}", flush=True
-            )
+            print(f"{cause}, seed {seed}: {made[-1]['named']}, {'right' if made[-1]['right'] else 'WRONG'}", flush=True)
             found = {name: [row["right"] for row in made if row["cause"] == name] for name in CAUSES}
             counts = {name: {"right": sum(rows), "runs": len(rows)} for name, rows in found.items()}
             write_json(o.json, {"questions": o.questions, "right": counts, "runs": made})
