@@ -37,14 +37,19 @@ def singly(view: ModelView, batch: Batch) -> Batch:
 
 
 def layout(view: ModelView, encode: Encode, samples: Sequence[Sample]) -> Layout:
-    """`packed`, where some of `samples` share pictures and `view` says the same of them like that; else `singly`."""
+    """`packed`, where some of `samples` share pictures and `view` says the same of them like that; else `singly`.
+
+    Args:
+        samples: the last ones are tried; let them be long, for a window of attention shows in long ones.
+    """
     shown = [[image.content for image in sample.images] for sample in samples]
-    first = next((i for i, (one, other) in enumerate(pairwise(shown)) if one and one == other), None)
-    if first is None:
+    pairs = [i + 1 for i, (one, other) in enumerate(pairwise(shown), start=1) if one and one == other]
+    if not pairs:
         return singly
+    some = samples[max(0, pairs[-1] - TRIED) : pairs[-1]]
 
     def asked(layout: Layout) -> torch.Tensor:
-        return torch.cat([log_p for log_p, _ in scored(view, encode, samples[first : first + TRIED], layout)])
+        return torch.cat([log_p for log_p, _ in scored(view, encode, some, layout)])
 
     return packed if alike(partial(asked, singly), partial(asked, packed), CLOSE) else singly
 

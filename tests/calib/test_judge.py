@@ -189,7 +189,7 @@ def test_a_larger_model_is_scored_in_parts_with_a_shortened_reference(
     note.remove()
     sizes, tokens = zip(*rows)
     counts = short.reference().counts
-    asked = [*short._order, *short.blank.places, *2 * short._order[: asking.TRIED]]  # some packed and not, as a trial
+    asked = [*short._order, *short.blank.places, *2 * short._order[-asking.TRIED :]]  # some packed and not, as a trial
     assert len(short._order) == 40 and len(short.blank.places) == 16 and max(sizes) < BATCH / 2
     assert sum(tokens) == int(counts[asked].sum())
     values = short.reference().values
