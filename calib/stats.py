@@ -58,8 +58,8 @@ class Hessian:
             self.matrix[stop:, start:stop] = self.matrix[start:stop, stop:].T
 
 
-class MeanSquare:
-    """Weighted mean of ``x^2`` by channel: the importance that weighs rounding errors (imatrix).
+class _Mean:
+    """Weighted mean of something of ``x`` by channel.
 
     Attributes:
         mean: [channels], float64.
@@ -78,7 +78,18 @@ class MeanSquare:
             return
         self.weight += total
         self.tokens += len(x)
-        self.mean += (weights @ x.square() - total * self.mean) / self.weight
+        self.mean += (weights @ self.of(x) - total * self.mean) / self.weight
+
+    def of(self, x: torch.Tensor) -> torch.Tensor:
+        """What the mean is of, [tokens, channels]."""
+        raise NotImplementedError
+
+
+class MeanSquare(_Mean):
+    """Weighted mean of ``x^2`` by channel: the importance that weighs rounding errors (imatrix)."""
+
+    def of(self, x: torch.Tensor) -> torch.Tensor:
+        return x.square()
 
 
 class Spread:
@@ -121,27 +132,11 @@ class ColumnNorm(MeanSquare):
         return self.mean.sqrt()
 
 
-class MeanAbs:
-    """Weighted mean of ``|x|`` by channel: the activation scale of AWQ (arXiv 2306.00978).
+class MeanAbs(_Mean):
+    """Weighted mean of ``|x|`` by channel: the activation scale of AWQ (arXiv 2306.00978)."""
 
-    Attributes:
-        mean: [channels], float64.
-    """
-
-    def __init__(self) -> None:
-        self.mean = torch.zeros(0, dtype=torch.float64)
-        self.tokens = 0
-        self.weight = 0.0
-
-    def update(self, x: torch.Tensor, weights: torch.Tensor) -> None:
-        x, weights, total = _kept(x, weights, torch.float64)
-        if self.mean.numel() == 0:
-            self.mean = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
-        if total == 0:
-            return
-        self.weight += total
-        self.tokens += len(x)
-        self.mean += (weights @ x.abs() - total * self.mean) / self.weight
+    def of(self, x: torch.Tensor) -> torch.Tensor:
+        return x.abs()
 
 
 class AbsMax:
