@@ -177,6 +177,20 @@ def test_families_answer_as_dequantized(family: str, monkeypatch: pytest.MonkeyP
     assert not torch.equal(found, wanted)
 
 
+def test_a_head_tied_to_the_embedding_runs_in_float32_beside_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    view = view_of(zoo.model("llava"))
+    view.model.get_output_embeddings().weight = view.model.get_input_embeddings().weight
+    monkeypatch.setattr(use, "measure", lambda *a, **k: {"us": times(float32=(1, 1, 1, 1)), "dropped": {}})
+    batch = zoo.batch("llava")
+    with torch.no_grad():
+        wanted = view.model(**batch).logits
+        facts = use_kernels(view, dtype=torch.bfloat16)
+        batch["pixel_values"] = batch["pixel_values"].bfloat16()
+        found = view.model(**batch).logits.float()
+    assert any("lm_head" in name for name, m in view.model.named_modules() if isinstance(m, KernelLinear)), facts
+    assert float((found - wanted).norm()) < 0.05 * float(wanted.norm())
+
+
 def _start(view: Any, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     if not view.family.seq2seq or "decoder_input_ids" in batch:
         return {}

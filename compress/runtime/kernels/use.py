@@ -65,7 +65,9 @@ def use_kernels(
             dense[path] = "a pass works on its inputs or outputs"
             continue
         grid = _on(view.grids.get(path), device)
-        weight, bias = linear.weight.float(), None if linear.bias is None else linear.bias.float()
+        # detached: the parameter may be tied to another one, whose dtype changes below
+        weight = linear.weight.detach().float()
+        bias = None if linear.bias is None else linear.bias.detach().float()
         name = kind((weight.shape[0], weight.shape[1]), grid)
         if name not in table:
             table[name], measured = measure(weight, bias, grid, dtype, cold=cold), True
