@@ -17,7 +17,8 @@ grid-50, grid-25, pool-50, pool-25
                        fewer tokens before the decoder: what the others have to beat at the same count.
 
 Each prefuse case that was run beside its pool case (the same count of tokens, the same distillation) is also asked
---paired questions of other pictures together with it: `beside_pool` has the difference with its interval.
+--paired questions of other pictures together with it: `beside_pool` has the difference with its interval. `first_token`
+has the CPU milliseconds to the first token, original and results in turns in one process, medians.
 """
 
 from __future__ import annotations
@@ -29,9 +30,11 @@ from typing import Any
 
 import svlm
 from svlm import passes
+from svlm.calib.ask import example_prompt
 from svlm.compress.disk import write_json
 from svlm.compress.recipe import Recipe
 from svlm.passes.api import Options, compress_model
+from svlm.passes.bench import Contestant, interleaved
 
 HEAL = {"distill.logits": {"lr": 2.0e-4}}
 LEARN = {"distill.logits": {"batch_size": 128, "optimizer": "muon", "lr": 1.0e-2, "average": 0.98}}  # anew, not back
@@ -112,6 +115,13 @@ def beside_pool(case: str, runs: Path, questions: int) -> dict[str, Any]:
     return {"questions": questions, **bench.compare(theirs, mine)}
 
 
+def first_tokens(cases: list[str], runs: Path, rounds: int) -> dict[str, float]:
+    """Median CPU milliseconds to the first token: the original's and those of results, in turns."""
+    views = {"original": svlm.load_view("demo")} | {case: svlm.load_view(runs / case) for case in cases}
+    runners = [Contestant(name, v, v.model.generate, example_prompt(v)) for name, v in views.items()]
+    return {name: row["cpu_ms"]["first_token"] for name, row in interleaved(runners, 2, rounds).items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=list(CASES), default=[case for case in CASES if there(case)])
@@ -119,6 +129,7 @@ def main() -> None:
     parser.add_argument("--fit", type=int, default=256)
     parser.add_argument("--check", type=int, default=512)
     parser.add_argument("--paired", type=int, default=1536)
+    parser.add_argument("--rounds", type=int, default=21, help="of timing")
     parser.add_argument("--runs", type=Path, default=Path("runs/fuse"))
     parser.add_argument("--json", type=Path, required=True)
     o = parser.parse_args()
@@ -137,6 +148,11 @@ def main() -> None:
             write_json(o.json, kept)
         if case in pairs:
             print(f"{case} beside {pool}: {pairs[case]}")
+    finished = [case for case in CASES if (o.runs / case / "svlm.json").is_file()]
+    kept["first_token"] = first_tokens(finished, o.runs, o.rounds)
+    write_json(o.json, kept)
+    for case, ms in kept["first_token"].items():
+        print(f"{case:14} {ms:5.1f} ms to the first token, {ms / kept['first_token']['original']:.2f}")
 
 
 if __name__ == "__main__":
