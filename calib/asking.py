@@ -36,22 +36,29 @@ def singly(view: ModelView, batch: Batch) -> Batch:
     return batch
 
 
-def layout(view: ModelView, encode: Encode, samples: Sequence[Sample]) -> Layout:
-    """`packed`, where some of `samples` share pictures and `view` says the same of them like that; else `singly`.
+def layout(view: ModelView, encode: Encode, samples: Sequence[Sample], batch_size: int) -> Layout:
+    """`packed`, where some of `samples` were packed for a trial and `view` said the same of them; else `singly`.
 
     Args:
-        samples: the last ones are tried; let them be long, for a window of attention shows in long ones.
+        samples: the last ones that share a picture are tried; let them be long. batch_size: questions in a batch.
     """
     shown = [[image.content for image in sample.images] for sample in samples]
     pairs = [i + 1 for i, (one, other) in enumerate(pairwise(shown), start=1) if one and one == other]
-    if not pairs:
+    if not pairs or batch_size < 2:
         return singly
-    some = samples[max(0, pairs[-1] - TRIED) : pairs[-1]]
+    some = samples[max(0, pairs[-1] - min(TRIED, batch_size)) : pairs[-1]]
+    tried: list[bool] = []
+
+    def noting(view: ModelView, batch: Batch) -> Batch:
+        laid = packed(view, batch)
+        tried.append(laid is not batch)
+        return laid
 
     def asked(layout: Layout) -> torch.Tensor:
         return torch.cat([log_p for log_p, _ in scored(view, encode, some, layout)])
 
-    return packed if alike(partial(asked, singly), partial(asked, packed), CLOSE) else singly
+    same = alike(partial(asked, singly), partial(asked, noting), CLOSE)
+    return packed if same and any(tried) else singly
 
 
 def scored(

@@ -84,7 +84,7 @@ class Judge:
         self.encoder, self.original, self.batch_size, self.first = encoder, original, batch_size, first
         self.score = score
         self._shown = shown or encoder
-        self._batches = {encoder: Kept(encoder.encode), self._shown: Kept(self._shown.encode)}
+        self._kept = Kept(self._shown.encode)
         self._given, self._cache_dir = tuple(samples), cache_dir
         self.answers_from_original = sum(not s.answers for s in samples)
         self._reference: Reference | None = None
@@ -121,9 +121,10 @@ class Judge:
         if self._own_file is None or not self._own_file.is_file():
             return {}
         try:
-            return dict(json.loads(self._own_file.read_text(encoding="utf-8")))
+            found = json.loads(self._own_file.read_text(encoding="utf-8"))
         except ValueError:
             return {}
+        return found if isinstance(found, dict) else {}
 
     @cached_property
     def _own_file(self) -> Path | None:
@@ -245,12 +246,13 @@ class Judge:
         `generate` agrees; if it does not, every answer is generated.
         """
         foretold = Foretold(view, self._new_tokens, encoder.decode)
+        encode = self._kept if encoder is self._shown else encoder.encode
         order = self._order
         batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
         progress.start(what, len(batches))
         with evaluating(view.model):
             for part in batches:
-                rows = scored(view, self._batches[encoder], [self.samples[i] for i in part], laid)
+                rows = scored(view, encode, [self.samples[i] for i in part], laid)
                 for i, (log_p, target) in zip(part, rows):
                     of_reference = of_target(log_p, target)
                     tell(i, log_p, of_reference)
@@ -269,7 +271,7 @@ class Judge:
 
     def _layout(self, view: ModelView, encoder: Encoder) -> Layout:
         with evaluating(view.model):
-            return layout(view, encoder.encode, [self.samples[i] for i in self._order])
+            return layout(view, encoder.encode, [self.samples[i] for i in self._order], self.batch_size)
 
     @cached_property
     def _order(self) -> list[int]:
@@ -336,9 +338,10 @@ class Judge:
 
         try:
             answers = json.loads((self._cache_dir / f"{self.fingerprint}.json").read_text(encoding="utf-8"))
-            return Reference(answers, **load_file(self._cache_dir / f"{self.fingerprint}.safetensors"))
+            made = Reference(answers, **load_file(self._cache_dir / f"{self.fingerprint}.safetensors"))
         except (OSError, ValueError, TypeError, SafetensorError):
             return None
+        return made if made.fits(len(self.samples), self.blank.places) else None
 
     @cached_property
     def _model_print(self) -> str:

@@ -18,6 +18,7 @@ from ..compress.anatomy import ModelView
 from .shown import Batch, Shown
 
 CLOSE = 1e-3  # largest difference of logits, as a share of their spread, between packed and separate
+MOST = 2048  # tokens of a row: attention costs their square
 TEXTS = ("input_ids", "attention_mask", "labels")  # what a packed batch is laid out from
 
 
@@ -36,7 +37,7 @@ def packed(view: ModelView, batch: Batch) -> Batch:
         mine, theirs = packed(view, dict(batch)), packed(view, batch.original)
         alike = len(mine["labels"]) == len(theirs["labels"]) < len(batch["labels"])
         return Shown(mine, theirs) if alike else batch
-    if view.family.seq2seq or view.image_token_id is None or not set(TEXTS) <= set(batch):
+    if view.family.seq2seq or view.image_token_id is None or not set(TEXTS) <= set(batch) or windowed(view):
         return batch
     ids, real = batch["input_ids"], batch["attention_mask"].bool()
     if any(not isinstance(v, Tensor) or len(v) != len(ids) for v in batch.values()):
@@ -56,12 +57,19 @@ def packed(view: ModelView, batch: Batch) -> Batch:
         )
         for i in range(1, len(ids))
     ]
-    if not any(same):
+    groups: list[list[int]] = []
+    lengths: list[int] = []
+    for i, joins in enumerate(same):
+        tail = ids.shape[1] - ends[i]
+        if joins and lengths[-1] + tail <= MOST:
+            groups[-1].append(i)
+            lengths[-1] += tail
+        else:
+            groups.append([i])
+            lengths.append(ids.shape[1] - starts[i])
+    if len(groups) == len(ids):
         return batch
-    firsts = [i for i, joins in enumerate(same) if not joins]
-    groups = [range(i, j) for i, j in zip(firsts, [*firsts[1:], len(ids)])]
-    lengths = [sum(ids.shape[1] - ends[i] for i in group) + ends[group[0]] - starts[group[0]] for group in groups]
-    width = max(lengths)
+    firsts, width = [group[0] for group in groups], max(lengths)
     blank = {"labels": -100, "input_ids": int(ids[0, -1])}  # padding is any text
     out = {k: batch[k].new_full((len(groups), width), blank.get(k, 0)) for k in by_token}
     positions, segments = (torch.zeros(len(groups), width, dtype=torch.long) for _ in range(2))
@@ -79,6 +87,15 @@ def packed(view: ModelView, batch: Batch) -> Batch:
             segments[row, span] = number
     more = {k: batch[k][firsts] for k in by_picture}
     return out | more | {"position_ids": positions, "attention_mask": sees(segments)}
+
+
+def windowed(view: ModelView) -> bool:
+    """Whether blocks of the decoder see only the last tokens: they would look at a mask of ours instead."""
+    config = view.decoder.config
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:
+        return any(kind != "full_attention" for kind in kinds)
+    return getattr(config, "sliding_window", None) is not None
 
 
 def sees(segments: Tensor) -> Tensor:
@@ -106,6 +123,6 @@ def alike(separate: Callable[[], Tensor], together: Callable[[], Tensor], close:
     try:
         with torch.no_grad():
             one, other = separate(), together()
-    except (ValueError, RuntimeError, TypeError, IndexError):  # whatever its code does not take
+    except Exception:  # whatever its code raises at what it does not take; asked one by one, it raises again
         return False
     return one.shape == other.shape and float((one - other).abs().max()) <= close * float(one.std())

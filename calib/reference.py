@@ -39,6 +39,20 @@ class Reference:
         """Its own answers."""
         return Said(self.answers, self.confidence.tolist())
 
+    def fits(self, samples: int, places: Sequence[int]) -> bool:
+        """Whether it is whole: answers of so many samples, and of those at `places` what was said of blank pictures."""
+        tokens = len(self.chosen)
+        if not isinstance(self.answers, list) or not all(isinstance(answer, str) for answer in self.answers):
+            return False
+        if not len(self.answers) == len(self.counts) == len(self.confidence) == samples:
+            return False
+        more = [part for part in (self.indices, self.rest) if part is not None]
+        return (
+            int(self.counts.sum()) == len(self.values) == tokens
+            and len(self.blind) == int(self.counts[list(places)].sum())
+            and all(len(part) == tokens for part in more)
+        )
+
     @cached_property
     def _starts(self) -> list[int]:
         return [0, *self.counts.cumsum(0).tolist()]

@@ -46,6 +46,9 @@ class Change:
     stems: list[int] | None
 
 
+Answered = tuple[Change, NDArray[np.float64], NDArray[np.float64]]  # scores [2, questions] of the stems, of the changed
+
+
 def robustness(
     bench: Workbench,
     view: ModelView,
@@ -70,17 +73,24 @@ def robustness(
     samples = bench.judge.samples[:questions]
     every, left_out = changes(samples, bench.judge.samples, shifted)
     told.start("robustness", 1 + len(every))
-    clean = _asked(bench, view, samples)
+    said, score = _said(bench, view, samples), bench.judge.score
+    clean = _rated(score, said, samples)
     told.step(note="unchanged")
-    answered: list[tuple[Change, NDArray[np.float64]]] = []
+    answered: list[Answered] = []
     for change in every:
+        stems = change.stems
         try:
-            answered.append((change, _asked(bench, view, change.samples)))
+            found = _rated(score, _said(bench, view, change.samples), change.samples)
         except DataError as error:  # longer than the model can read
             left_out[_title(change)] = str(error).splitlines()[0]
+        else:  # some scores depend on the other questions that are rated: the same ones before and after
+            before = clean
+            if stems is not None:
+                before = _rated(score, [[row[i] for i in stems] for row in said], [samples[i] for i in stems])
+            answered.append((change, before, found))
         told.step(note=_title(change))
     told.done()
-    return compared(samples, clean, answered) | {"score": bench.judge.score, "left_out": left_out}
+    return compared(samples, clean, answered) | {"score": score, "left_out": left_out}
 
 
 def changes(
@@ -112,28 +122,26 @@ def changes(
     return every, left_out
 
 
-def compared(
-    samples: Sequence[Sample], clean: NDArray[np.float64], answered: Sequence[tuple[Change, NDArray[np.float64]]]
-) -> dict[str, Json]:
+def compared(samples: Sequence[Sample], clean: NDArray[np.float64], answered: Sequence[Answered]) -> dict[str, Json]:
     """What follows from the scores: `clean` and each change's, arrays [2, questions], original and small model."""
-    names = [s.image_id for s in samples] + [s.image_id for change, _ in answered for s in change.samples]
+    names = [s.image_id for s in samples] + [s.image_id for change, *_ in answered for s in change.samples]
     pictures = Pictures.of(names)
     # one table: a row a picture; of each change (the unchanged first) the questions, and the sums of their scores
     first = Pictures(pictures.index[: len(samples)], pictures.count)
     rows: list[dict[str, Any]] = []
     start, tables = len(samples), []
-    for change, right in answered:
+    for change, before, right in answered:
         n = len(change.samples)
         here = Pictures(pictures.index[start : start + n], pictures.count)
         start += n
-        before, there = (clean, first) if change.stems is None else (clean[:, change.stems], here)
+        there = first if change.stems is None else here
         tables.append((_gap(there, before), _gap(here, right)))
         was, now = before.mean(1), right.mean(1)
         lost = was - now
         rows.append({"change": change.name, "strength": change.strength, "n": n,
                      "value": float(now[1]), "reference": float(now[0]),
                      "loss": float(lost[1]), "reference_loss": float(lost[0])})  # fmt: skip
-    changed = dict.fromkeys(change.name for change, _ in answered)
+    changed = dict.fromkeys(change.name for change, *_ in answered)
     groups = {name: [i for i, row in enumerate(rows) if row["change"] == name] for name in changed}
     corruptions = [i for name, places in groups.items() if name in CORRUPTIONS for i in places]
 
@@ -182,12 +190,16 @@ def _told(
 def says(report: Mapping[str, Any]) -> list[str]:
     """Under what the small model lost more than the original, in sentences."""
     told, overall = [], report["pictures"]
-    if overall:
-        more = overall["ci95"] is not None and overall["ci95"][0] > 0
-        told.append(
-            f"Over all corruptions of the picture it lost {_points(overall)} more than the original"
-            + ("." if more else ": the interval reaches zero, so that may be chance.")
-        )
+    if overall and overall["ci95"] is not None:
+        low, high = overall["ci95"]
+        if low > 0:
+            told.append(f"Over all corruptions of the picture it lost {_points(overall)} more than the original.")
+        elif high < 0:
+            told.append(f"Over all corruptions of the picture it lost less than the original: {_points(overall)}.")
+        else:
+            told.append(
+                f"Over all corruptions of the picture it is not shown to lose more or less: {_points(overall)}."
+            )
     names = [name for name, entry in report["by_change"].items() if entry["clear"]]
     told += [f"Under {n.replace('_', ' ')} it lost {_points(report['by_change'][n])} more." for n in names]
     return told
@@ -204,12 +216,16 @@ def _points(entry: Mapping[str, Any]) -> str:
 # --------------------------------------------------------------------------------------------------------------- asking
 
 
-def _asked(bench: Workbench, view: ModelView, samples: Sequence[Sample]) -> NDArray[np.float64]:
-    """How the answers of the original and of `view` score [2, questions]."""
+def _said(bench: Workbench, view: ModelView, samples: Sequence[Sample]) -> list[list[str]]:
+    """The answers of the original and of `view` [2][questions]."""
     pairs = ((bench.judge, bench.original), (bench.speaking(view).judge, view))
-    said = [judge.answers(model, samples) for judge, model in pairs]
+    return [judge.answers(model, samples) for judge, model in pairs]
+
+
+def _rated(score: str, said: Sequence[Sequence[str]], samples: Sequence[Sample]) -> NDArray[np.float64]:
+    """How these answers score [2, questions]."""
     accepted = [s.answers for s in samples]
-    return np.array([rate(bench.judge.score, row, accepted) for row in said], dtype=np.float64)
+    return np.array([rate(score, row, accepted) for row in said], dtype=np.float64)
 
 
 def _gap(pictures: Pictures, right: NDArray[np.float64]) -> Weights:

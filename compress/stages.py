@@ -64,8 +64,12 @@ class StageFolder:
         return read_json(self.applied / "apply.json")
 
     def finished(self) -> Json | None:
-        """The stage's report entry if it is finished, else None."""
-        return read_json(self.path / "stage.json") if (self.path / "stage.json").is_file() else None
+        """The stage's report entry if it is finished, else None; an entry or answers that are not whole are none."""
+        if not (self.path / "stage.json").is_file():
+            return None
+        entry = read_json(self.path / "stage.json")
+        whole = isinstance(entry, dict) and {"index", "verdict", "quality", "cost"} <= set(entry) and bool(self.items())
+        return entry if whole else None
 
     def items(self) -> list[Any]:
         return read_json(self.path / "items.json")

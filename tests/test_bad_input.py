@@ -22,7 +22,7 @@ from svlm.compress import disk
 from svlm.compress.errors import OutputError, RecipeError, Unmet, WorkFailed
 from svlm.compress.gate import Gate
 from svlm.compress.recipe import Recipe
-from svlm.compress.stages import RunFolder
+from svlm.compress.stages import RunFolder, StageFolder
 from svlm.compress.storage import DEMO
 from svlm.passes import api, find
 
@@ -237,6 +237,7 @@ def test_two_runs_in_one_folder_are_one_too_many(tmp_path: Path) -> None:
         RunFolder(tmp_path / "link").claim(resume=False, overwrite=False)
 
 
+WHOLE = {"index": 0, "verdict": "passed", "quality": {}, "cost": {}}
 DAMAGED = ("[]", '{"schema": 1}', "{", '{"schema": 1, "storage_dtype": "nn"}', '{"stages": [{}]}', '{"stages": [null]}')
 
 
@@ -249,6 +250,15 @@ def test_damaged_books_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert cli.main(command) == 2
         said = capsys.readouterr().err
         assert "Traceback" not in said and "Error:" not in said.replace("JSONDecodeError:", ""), said
+
+
+@pytest.mark.parametrize(("entry", "items"), [({}, [1]), (None, [1]), ({"index": 0}, [1]), (WHOLE, []), (WHOLE, None)])
+def test_a_stage_that_is_not_whole_is_not_finished(tmp_path: Path, entry: object, items: object) -> None:
+    folder = StageFolder(tmp_path, tmp_path / "scratch")
+    folder.finish(WHOLE, [1])
+    assert folder.finished() == WHOLE
+    folder.finish(entry, items)
+    assert folder.finished() is None
 
 
 def test_gates_that_say_nothing() -> None:

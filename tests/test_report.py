@@ -16,6 +16,7 @@ from PIL import Image
 from svlm.compress.errors import OutputError
 from svlm.compress.report import gallery_rows, headline, html, markdown, read, stage_rows, write
 from svlm.compress.report.facts import facts, last_facts
+from svlm.compress.report.files import read_answers
 from svlm.compress.report.terminal import Lines, print_stages, stage_line
 from svlm.compress.report.words import amount, points, settings_text, size
 from tests import reports
@@ -294,6 +295,12 @@ def test_facts_besides_exact_match_are_told_where_they_are_there() -> None:
     assert last_facts(made) == [], "an old report"
     made["stages"][-1]["quality"] |= quality
     assert last_facts(made) == told and last_facts({"stages": made["stages"][:1]}) == []
+
+
+@pytest.mark.parametrize("items", ["null", '"abc"', "[null]", "[{}]", '[{"id": 1}]'])
+def test_answers_that_are_not_whole_are_none(tmp_path: Path, items: str) -> None:
+    (tmp_path / "answers.json").write_text(f'{{"items": {items}}}')
+    assert read_answers(tmp_path) is None
 
 
 def test_the_share_of_validation_is_said_where_every_stage_knows_it() -> None:

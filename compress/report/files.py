@@ -13,6 +13,7 @@ from ..errors import OutputError, SvlmError
 from .page import html
 
 REPORT, PAGE, ANSWERS = "report.json", "report.html", "answers.json"
+ITEM = {"id", "image_id", "correct"}  # what every answer says, at least
 STAGE = ("index", "pass", "settings", "verdict", "quality", "cost")  # what every stage says
 
 
@@ -92,12 +93,14 @@ def read(out_dir: str | Path) -> dict[str, Any]:
 
 
 def read_answers(out_dir: str | Path) -> dict[str, Any] | None:
-    """answers.json of a run; None where it has none, as runs of earlier versions."""
+    """answers.json of a run; None where it has none that is whole, as runs of earlier versions."""
     try:
         answers = json.loads((Path(out_dir) / ANSWERS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return answers if isinstance(answers, dict) and answers.get("items") else None
+    items = answers.get("items") if isinstance(answers, dict) else None
+    whole = isinstance(items, list) and all(isinstance(row, dict) and set(row) >= ITEM for row in items)
+    return answers if items and whole else None
 
 
 def as_json(value: Any) -> str:

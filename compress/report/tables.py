@@ -137,6 +137,8 @@ def _print_quality(result: Mapping[str, Any]) -> None:
 
 def print_robustness(found: Mapping[str, Any]) -> None:
     """What `calib.robustness` found: a row a change and strength, and its sentences."""
+    if found.get("score"):
+        print(f"answers rated by {found['score']}")
     cells = [
         [
             row["change"].replace("_", " "), "" if row["strength"] is None else str(row["strength"]), f"{row['n']:,}",

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import svlm
 from svlm.calib import asking, encode
@@ -70,11 +73,51 @@ def test_who_answers_packed_questions_differently_is_asked_one_by_one(judge: Jud
     view = svlm.load_view("demo")
     order = [samples[i] for i in judge._order]
     with evaluating(view.model):
-        assert asking.layout(view, judge.encoder.encode, order) is packed
+        assert asking.layout(view, judge.encoder.encode, order, 16) is packed
         apart = [s for i, s in enumerate(order) if s.image_id not in {o.image_id for o in order[:i]}]
-        assert asking.layout(view, judge.encoder.encode, apart) is asking.singly, "no two about one picture"
+        assert asking.layout(view, judge.encoder.encode, apart, 16) is asking.singly, "no two about one picture"
         DPP(keep=0.25, relevance="prompt").rebuild(view, {})
-        assert asking.layout(view, judge.encoder.encode, order) is asking.singly
+        assert asking.layout(view, judge.encoder.encode, order, 16) is asking.singly
+
+
+def test_nothing_is_packed_that_was_not_packed_for_a_trial(
+    judge: Judge, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    view, encoded = svlm.load_view("demo"), judge.encoder.encode
+    order = [samples[i] for i in judge._order]
+    with evaluating(view.model):
+        assert asking.layout(view, encoded, order, 1) is asking.singly, "a batch of one has nothing to pack"
+        with monkeypatch.context() as patch:
+            patch.setattr(asking, "LOGIT_BYTES", 1)  # every question of the trial in a forward of its own
+            assert asking.layout(view, encoded, order, 16) is asking.singly
+        forward = view.model.forward
+
+        def flat(**batch: Any) -> Any:
+            assert batch["attention_mask"].dim() == 2
+            return forward(**batch)
+
+        monkeypatch.setattr(view.model, "forward", flat)
+        assert asking.layout(view, encoded, order, 16) is asking.singly, "whatever its code raises"
+
+
+def test_what_was_kept_of_the_original_is_used_only_if_it_is_whole(
+    original: ModelView, samples: list[Sample], tmp_path: Path
+) -> None:
+    def asked() -> Judge:
+        return Judge(samples, Encoder(original.processor), original, tmp_path, batch_size=16)
+
+    whole = asked().reference()
+    texts, tensors = (next(tmp_path.glob(f"*.{kind}")) for kind in ("json", "safetensors"))
+    assert asked()._read() is not None
+    for damaged in ("null", "[1]", '["a"]', json.dumps(whole.answers[:-1]), "{"):
+        texts.write_text(damaged)
+        assert asked()._read() is None, damaged
+    texts.write_text(json.dumps(whole.answers))
+    kept = load_file(tensors)
+    for key in ("blind", "chosen", "counts", "confidence"):
+        save_file(kept | {key: kept[key][:-1].clone()}, tensors)
+        assert asked()._read() is None, key
+    assert torch.equal(asked().reference().values, whole.values)
 
 
 def test_questions_about_one_picture_stand_together(samples: list[Sample]) -> None:

@@ -82,12 +82,22 @@ def test_answers_are_rated_as_the_data_asks(samples: list[Sample]) -> None:
     assert found["by_change"]["blur"]["difference"] == pytest.approx(4 / 23)
 
 
+def test_a_score_that_depends_on_the_other_questions_is_taken_over_the_same_ones(
+    samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As CIDEr's do: the fewer questions are rated, the more an answer is worth."""
+    monkeypatch.setattr(r, "rate", lambda name, said, accepted: [1 / len(said)] * len(said))
+    found = r.robustness(bench(samples, lambda s: False, lambda s: False), None, questions=12)  # type: ignore[arg-type]
+    turns = [row for row in found["rows"] if row["change"] == "more_turns"]
+    assert turns and all(row["loss"] == row["reference_loss"] == row["difference"] == 0 for row in turns)
+
+
 def test_what_both_lose_is_no_loss_of_the_small_model(samples: list[Sample], capsys: Any) -> None:
     found = r.robustness(bench(samples, blurred, blurred), None, questions=40)  # type: ignore[arg-type]
     assert found["by_change"]["blur"] == {"difference": 0.0, "ci95": [0.0, 0.0], "clear": False}
     assert all(row["reference_loss"] == row["loss"] == 1 for row in found["rows"] if row["change"] == "blur")
-    assert found["says"] == ["Over all corruptions of the picture it lost 0.0 points (95 % interval +0.0 to +0.0) more "
-                             "than the original: the interval reaches zero, so that may be chance."]  # fmt: skip
+    assert found["says"] == ["Over all corruptions of the picture no difference in loss is shown: 0.0 points "
+                             "(95 % interval +0.0 to +0.0)."]  # fmt: skip
     print_robustness(found)
     assert "100.0" in capsys.readouterr().out
 
@@ -100,9 +110,9 @@ def test_differences_equal_the_loop(samples: list[Sample]) -> None:
     few = (draw.random((2, 6)) < 0.5).astype(float)
     other = (draw.random((2, 10)) < 0.5).astype(float)
     answered = [
-        (r.Change("noise", 1, some, list(range(30))), all_of),
-        (r.Change("more_turns", 1, [some[i] for i in stems], stems), few),
-        (r.Change("shifted_data", None, samples[30:40], None), other),
+        (r.Change("noise", 1, some, list(range(30))), clean, all_of),
+        (r.Change("more_turns", 1, [some[i] for i in stems], stems), clean[:, stems], few),
+        (r.Change("shifted_data", None, samples[30:40], None), clean, other),
     ]
     rows = r.compared(some, clean, answered)["rows"]
     for row, right, before in zip(rows, (all_of, few, other), (clean, clean[:, stems], clean)):
