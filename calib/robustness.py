@@ -197,9 +197,7 @@ def says(report: Mapping[str, Any]) -> list[str]:
         elif high < 0:
             told.append(f"Over all corruptions of the picture it lost less than the original: {_points(overall)}.")
         else:
-            told.append(
-                f"Over all corruptions of the picture it is not shown to lose more or less: {_points(overall)}."
-            )
+            told.append(f"Over all corruptions of the picture no difference in loss is shown: {_points(overall)}.")
     names = [name for name, entry in report["by_change"].items() if entry["clear"]]
     told += [f"Under {n.replace('_', ' ')} it lost {_points(report['by_change'][n])} more." for n in names]
     return told
