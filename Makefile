@@ -15,10 +15,10 @@ demo: $(VENV)/.demo
 	$(BIN)/svlm compress demo -r default -o $(OUT) --overwrite
 
 test: $(VENV)/.test lint types
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not slow"
 
 slow: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m slow
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

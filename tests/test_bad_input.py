@@ -184,7 +184,7 @@ def test_a_disk_too_small_is_noticed_before_the_work(
     assert list(disk.iterdir()) == []
 
 
-@pytest.mark.parametrize("stage", [0, 1], ids=["before-the-pass", "before-the-result"])
+@pytest.mark.parametrize("stage", [0, pytest.param(1, marks=pytest.mark.slow)], ids=["before-pass", "before-result"])
 def test_a_disk_that_fills_up_loses_nothing_and_resume_goes_on(small_disk: Callable[[int], Path], stage: int) -> None:
     disk = small_disk(60)
     out, hog = disk / "out", disk / "hog"
