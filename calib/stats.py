@@ -7,7 +7,7 @@ mean after any number of batches, whatever the batches' sizes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, Protocol
 
 import torch
@@ -59,13 +59,14 @@ class Hessian:
 
 
 class _Mean:
-    """Weighted mean of something of ``x`` by channel.
+    """Weighted mean by channel of what `of` makes of ``x`` [tokens, channels].
 
     Attributes:
         mean: [channels], float64.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, of: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self._of = of
         self.mean = torch.zeros(0, dtype=torch.float64)
         self.tokens = 0
         self.weight = 0.0
@@ -78,18 +79,14 @@ class _Mean:
             return
         self.weight += total
         self.tokens += len(x)
-        self.mean += (weights @ self.of(x) - total * self.mean) / self.weight
-
-    def of(self, x: torch.Tensor) -> torch.Tensor:
-        """What the mean is of, [tokens, channels]."""
-        raise NotImplementedError
+        self.mean += (weights @ self._of(x) - total * self.mean) / self.weight
 
 
 class MeanSquare(_Mean):
     """Weighted mean of ``x^2`` by channel: the importance that weighs rounding errors (imatrix)."""
 
-    def of(self, x: torch.Tensor) -> torch.Tensor:
-        return x.square()
+    def __init__(self) -> None:
+        super().__init__(torch.square)
 
 
 class Spread:
@@ -135,8 +132,8 @@ class ColumnNorm(MeanSquare):
 class MeanAbs(_Mean):
     """Weighted mean of ``|x|`` by channel: the activation scale of AWQ (arXiv 2306.00978)."""
 
-    def of(self, x: torch.Tensor) -> torch.Tensor:
-        return x.abs()
+    def __init__(self) -> None:
+        super().__init__(torch.abs)
 
 
 class AbsMax:

@@ -50,25 +50,20 @@ def alignment(
         stages, the original first: name, settings, exact_match and kl (of the check split; the original's own kl is 0),
         alignment (calib/alignment.py), points {place: {kind: [[x, y], ...]}}; says: sentences. Also in `folder`.
     """
-    from ...calib.dataset import CalibrationSet
-    from ...calib.workbench import Workbench
     from ...compress.pipeline import apply_pass
-    from ...compress.storage import round_to_storage
-    from ..api import environment, load_view
+    from ..api import environment
+    from ._pair import pair
 
-    told = progress or Silent()
-    c = recipe.calibration
-    samples = CalibrationSet.load(data, fit=c.fit, check=c.check, seed=c.seed)
-    original, small = (load_view(model, rows=rows, trust_remote_code=trust_remote_code) for _ in range(2))
-    round_to_storage(original)
-    round_to_storage(small)
-    bench = Workbench(original, samples, batch_size=batch_size, latency=False, progress=told)
+    told, c = progress or Silent(), recipe.calibration
+    bench, small = pair(
+        model, data, c, batch_size=batch_size, rows=rows, trust_remote_code=trust_remote_code, progress=told
+    )
     drawing = _Drawing()
     stages: list[dict[str, Json]] = []
     for number, step in enumerate([None, *(s.step for s in recipe.steps)]):
         if step is not None:
             apply_pass(step, small, bench.context(small, seed=c.seed), where=f"step {number}")
-        quality, _ = bench.measure(small, told)
+        quality, _ = bench.baseline(told) if step is None else bench.measure(small, told)
         stages.append(
             {
                 "name": "original" if step is None else f"{number} {step.name}",
@@ -81,7 +76,7 @@ def alignment(
         )
     made: dict[str, Json] = {
         "experiment": "alignment",
-        "model": str(original.source),
+        "model": str(bench.original.source),
         "recipe": recipe.to_json(),
         "data": bench.info,
         "environment": environment(),

@@ -44,20 +44,15 @@ def distillation(
     Raises:
         RecipeError: the recipe has no distilling pass, or nothing before it.
     """
-    from ...calib.dataset import CalibrationSet
-    from ...calib.workbench import Workbench
     from ...compress.pipeline import apply_pass
-    from ...compress.storage import round_to_storage
-    from ..api import environment, load_view
+    from ..api import environment
+    from ._pair import pair
 
-    told = progress or Silent()
+    told, c = progress or Silent(), recipe.calibration
     making, healing = _split(recipe, steps)
-    c = recipe.calibration
-    samples = CalibrationSet.load(data, fit=c.fit, check=c.check, seed=c.seed)
-    teacher, student = (load_view(model, rows=rows, trust_remote_code=trust_remote_code) for _ in range(2))
-    round_to_storage(teacher)
-    round_to_storage(student)
-    bench = Workbench(teacher, samples, batch_size=batch_size, latency=False, progress=told)
+    bench, student = pair(
+        model, data, c, batch_size=batch_size, rows=rows, trust_remote_code=trust_remote_code, progress=told
+    )
     students: dict[str, dict[str, Json]] = {}
     notes: Mapping[str, Json] = {}
     for name, passes in zip(STUDENTS, (making, [healing])):
@@ -67,7 +62,7 @@ def distillation(
         students[name] = {"quality": quality, "alignment": bench.alignment(student, told)}
     made: dict[str, Json] = {
         "experiment": "distillation",
-        "model": str(teacher.source),
+        "model": str(bench.original.source),
         "made": [{"pass": step.name, "settings": step.settings()} for step in making],
         "distilled": {"pass": healing.name, "settings": healing.settings(), "notes": notes},
         "data": bench.info,
