@@ -6,9 +6,10 @@
 Language model's linears only, which is what every peer can do (one row of svlm's has vision tower and connector as
 well); 128 calibration questions, the same for all. A peer runs in the interpreter that is given for it
 (`benchmarks/peers.py`) and hands over the weights it would use, so that storage and kernels play no part; one without
-an interpreter is left out. Weights stay in --work, where the next run finds them.
+an interpreter is left out, and one that needs no data is judged once, for seed 0. Weights stay in --work, where the
+next run finds them.
 
-Judged by svlm on 4,096 fresh questions of the demo's generator that no tool has seen: KL(original || quantized) of the
+Judged by svlm on 8,192 fresh questions of the demo's generator that no tool has seen: KL(original || quantized) of the
 answer tokens, and exact match (every token of the answer, its end included, is the most probable one). Few tokens carry
 most of a mean KL (those where the original itself hesitates), so that a mean over some hundred questions is luck:
 every mean comes with its standard error, every ratio to the best peer with a 95 % interval (bootstrap over questions,
@@ -46,7 +47,8 @@ OURS: dict[str, Steps] = {
     "svlm gptq + scales": [("quantize.gptq", {}), SCALES],
     "svlm gptq, everywhere": [("quantize.gptq", {"where": ["vision", "connector", "language"]})],
 }
-PEERS = ("llmcompressor", "gptqmodel", "auto-round", "hqq", "bitsandbytes", "optimum-quanto", "torchao")
+WITHOUT_DATA = ("hqq", "bitsandbytes", "optimum-quanto", "torchao")  # the same weights whatever the seed
+PEERS = ("llmcompressor", "gptqmodel", "auto-round", *WITHOUT_DATA)
 FRESH = 1000  # seed of the questions for the KL
 
 
@@ -145,8 +147,17 @@ def theirs(peer: str, python: str, batches: Path, bits: int, group: int, out: Pa
 def cells(o: argparse.Namespace, pythons: dict[str, str]) -> Iterator[tuple[str, str, int, str]]:
     names = [*OURS, *(peer for peer in PEERS if peer in pythons)]
     for seed, label, name in itertools.product(o.seeds, SETTINGS, names):
-        if not o.only or name in o.only:
-            yield label, name, seed, f"{label} | {name} | seed {seed}"
+        if (not o.only or name in o.only) and (seed == 0 or name not in WITHOUT_DATA):
+            yield label, name, seed, key_of(label, name, seed)
+
+
+def key_of(label: str, name: str, seed: int) -> str:
+    return f"{label} | {name} | seed {0 if name in WITHOUT_DATA else seed}"
+
+
+def file_of(work: Path, key: str) -> Path:
+    """The weights; what judged them lies beside them."""
+    return work / (key.replace(" | ", "--").replace(" ", "_") + ".safetensors")
 
 
 def main() -> None:
@@ -154,7 +165,7 @@ def main() -> None:
     parser.add_argument("--python", action="append", default=[], metavar="PEER=PATH", help="interpreter of a peer")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--fit", type=int, default=128)
-    parser.add_argument("--fresh", type=int, default=4096, help="questions that judge")
+    parser.add_argument("--fresh", type=int, default=8192, help="questions that judge")
     parser.add_argument("--only", action="append", default=[], metavar="TOOL", help="these rows alone")
     parser.add_argument("--weights-only", action="store_true", help="judge later")
     parser.add_argument("--work", type=Path, required=True, help="where weights and judgements are kept")
@@ -173,7 +184,7 @@ def main() -> None:
         bench, batches = benches[seed], o.work / f"batches-{o.fit}-{seed}.safetensors"
         if not batches.is_file():
             calibration(bench, batches)
-        out = o.work / (key.replace(" | ", "--").replace(" ", "_") + ".safetensors")
+        out = file_of(o.work, key)
         if not out.is_file() and not isinstance(rows.get(key), str):
             torch.manual_seed(seed)
             kind = SETTINGS[label]
@@ -216,7 +227,8 @@ def table(rows: dict[str, Any], o: argparse.Namespace) -> str:
         best = {seed: _best_peer(rows, label, [seed]) for seed in o.seeds}
         of_all = _best_peer(rows, label, o.seeds)
         for name in [*OURS, *PEERS]:
-            found = [rows.get(f"{label} | {name} | seed {seed}") for seed in o.seeds]
+            seeds = [0] if name in WITHOUT_DATA else o.seeds
+            found = [rows.get(key_of(label, name, seed)) for seed in seeds]
             if failed := [f for f in found if isinstance(f, str)]:
                 lines.append(f"| {label} | {name} | does not run: {failed[0]} | | | |")
             elif all(found):
@@ -237,13 +249,13 @@ def _over(o: argparse.Namespace, label: str, name: str, peer: str, seeds: list[i
 
 def _best_peer(rows: dict[str, Any], label: str, seeds: list[int]) -> str:
     """The peer with the lowest mean KL over `seeds`; "" if there is none."""
-    found = {peer: [rows.get(f"{label} | {peer} | seed {seed}") for seed in seeds] for peer in PEERS}
+    found = {peer: [rows.get(key_of(label, peer, seed)) for seed in seeds] for peer in PEERS}
     known = {p: sum(row["kl"] for row in kept) for p, kept in found.items() if all(isinstance(r, dict) for r in kept)}
     return min(known, key=lambda p: known[p]) if known else ""
 
 
 def _kl(o: argparse.Namespace, label: str, name: str, seed: int) -> np.ndarray:
-    return np.load(o.work / f"{label}--{name}--seed_{seed}.npy".replace(" ", "_"))
+    return np.load(file_of(o.work, key_of(label, name, seed)).with_suffix(".npy"))
 
 
 if __name__ == "__main__":
