@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from svlm.calib import asking, foretold
+from svlm.calib import asking
 from svlm.calib import judge as judging
-from svlm.calib.dataset import CalibrationSet, ImageSource, Sample
+from svlm.calib.dataset import ImageSource, Sample
 from svlm.calib.encode import Encoder
 from svlm.calib.judge import Judge, Measurement
 from svlm.calib.metrics.paired import evidence, sign_flip
@@ -28,56 +26,8 @@ from svlm.compress.gate import Gate
 from svlm.compress.report.rows import quality_row, tag_rows
 from svlm.compress.storage import load_model
 from tests import zoo
+from tests.judged import BATCH, forwards
 from tests.oracles import metrics as oracle
-
-BATCH = 16
-
-
-@pytest.fixture(scope="module")
-def original() -> ModelView:
-    return load_model("demo")
-
-
-@pytest.fixture(scope="module")
-def samples() -> list[Sample]:
-    return CalibrationSet.load("demo", fit=4, check=40).check
-
-
-def noisy(amount: float = 0.7) -> ModelView:
-    view = load_model("demo")
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for ref in view.linears("language.mlp"):
-            weight = ref.module.weight
-            weight += torch.randn(weight.shape, generator=generator) * weight.std() * amount
-    return view
-
-
-@pytest.fixture(scope="module")
-def worse() -> ModelView:
-    return noisy()
-
-
-@pytest.fixture(scope="module")
-def judge(original: ModelView, samples: list[Sample]) -> Judge:
-    return Judge(samples, Encoder(original.processor), original, batch_size=BATCH)
-
-
-@pytest.fixture(scope="module")
-def measured(judge: Judge, worse: ModelView) -> Measurement:
-    return judge.measure(worse)
-
-
-@contextmanager
-def forwards(view: ModelView) -> Iterator[list[int]]:
-    """One entry for every forward of the decoder inside the `with`."""
-    seen: list[int] = []
-    handle = view.decoder.register_forward_pre_hook(lambda *_: seen.append(1))
-    try:
-        yield seen
-    finally:
-        handle.remove()
-
 
 # ------------------------------------------------------------------------------------------------------------- figures
 
@@ -429,57 +379,3 @@ def test_progress_is_told(judge: Judge, worse: ModelView) -> None:
     )
     judge.measure(worse, progress)
     assert 3 + 1 < told.steps == told.total <= 2 * 3 + 1 and told.begun == told.ended == 3
-
-
-# -------------------------------------------------------------------------------------- answers that need no generating
-
-
-def nearly(measured: Measurement) -> list[Any]:
-    """The items, with confidences as a forward without a cache has them."""
-    return [item | {"confidence": pytest.approx(item["confidence"], rel=1e-4)} for item in measured.items]
-
-
-def test_answers_that_the_forward_told_are_those_of_generate(
-    judge: Judge, worse: ModelView, measured: Measurement, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    count = measured.quality["generated"]
-    assert BATCH <= count < 40, "one batch shows that generate agrees, and wrong answers are generated"
-    monkeypatch.setattr(foretold.Foretold, "says", lambda *_: False)
-    slow = judge.measure(worse)
-    assert slow.quality["generated"] == 40
-    assert slow.items == nearly(measured)
-    rounded = {key: slow.quality[key] for key in ("generated", "calibration")}  # with a cache the last bits differ
-    assert slow.quality == measured.quality | rounded
-    assert slow.quality["calibration"]["ece"] == pytest.approx(measured.quality["calibration"]["ece"], abs=1e-4)
-
-
-def test_where_generate_does_not_agree_every_answer_is_generated(
-    judge: Judge, worse: ModelView, measured: Measurement, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(foretold.Foretold, "says", lambda *_: True)
-    wrong = judge.measure(worse)
-    assert wrong.quality["generated"] == 40 and wrong.items == nearly(measured)
-
-
-def test_what_counts_as_told(original: ModelView) -> None:
-    told = foretold.Foretold(original, 3, lambda rows: ["?" for _ in rows])
-    (end, *_) = told.ends
-    size = original.model.config.get_text_config().vocab_size
-    other = next(i for i in range(size) if i not in told.ends)
-
-    def says(*ids: int, gap: float = 1.0) -> bool:
-        rows = torch.zeros(len(ids), size)
-        rows[torch.arange(len(ids)), list(ids)] = gap
-        return told.says(rows.log_softmax(-1), torch.tensor(ids))
-
-    assert says(other, end) and says(end)
-    assert not says(other, end, gap=0.05), "too close"
-    assert not says(other) and not says(other, end, end) and not says(other, other, other, end)
-    assert not told.says(torch.eye(size)[[other, other]], torch.tensor([other, end])), "says another token"
-    settings = original.model.generation_config
-    before = settings.repetition_penalty
-    try:
-        settings.repetition_penalty = 1.2
-        assert not foretold.Foretold(original, 3, told.decode).ends
-    finally:
-        settings.repetition_penalty = before
