@@ -10,7 +10,8 @@ Wall and CPU time and the largest resident memory are those of the process from 
 quantized, imports and loading included; the quantization alone is given beside them. Peers run with the model in
 float32, or in bfloat16 as the checkpoint has it (NAME:bfloat16). The layer error is svlm's, for all alike:
 ``tr((W - Q) H (W - Q)^T) / tr(W H W^T)``, mean over linears, with the H of what the original model feeds each, all
-tokens alike.
+tokens alike. `BOUND` shows what no tool can go below: the same process that only sends the samples through the vision
+tower, once, with the model's own forward, which is stopped where the decoder begins.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ OURS: dict[str, dict[str, Any]] = {
     "svlm, uniform tokens, lazy": {"token_weights": "uniform", "lazy": True},
 }
 PEERS = ("llmcompressor", "gptqmodel", "llmcompressor:bfloat16", "gptqmodel:bfloat16")
+BOUND = "vision tower alone"
 
 
 # ------------------------------------------------------------------------------------- in processes of their own: make
@@ -133,6 +135,32 @@ def ours(folder: Path, settings: dict[str, Any], o: argparse.Namespace) -> None:
     save_file(weights, o.out, metadata={"facts": json.dumps(FACTS | {"notes": notes.numbers})})
 
 
+def bound(folder: Path, o: argparse.Namespace) -> None:
+    """What comes before the decoder, and nothing else."""
+    import torch
+    from peers import FACTS, clocked
+    from safetensors.torch import save_file
+
+    import svlm
+    from svlm.calib.replay import Arrived
+    from svlm.compress.base import evaluating
+
+    def stop(*_: Any) -> None:
+        raise Arrived
+
+    batches = read_batches(folder / "batches.safetensors", o.batch_size)
+    view = svlm.load_view(folder / "model", lazy=True)
+    view.decoder.register_forward_pre_hook(stop)
+    with clocked(), evaluating(view.model):
+        for batch in batches:
+            try:
+                view.model(**batch)
+            except Arrived:
+                continue
+            raise RuntimeError("the decoder was not reached")
+    save_file({"none": torch.zeros(1)}, o.out, metadata={"facts": json.dumps(FACTS)})
+
+
 def judge(folder: Path, o: argparse.Namespace) -> None:
     """Mean layer error of every file of weights in `folder`/weights, with one H for all."""
     from safetensors import safe_open
@@ -164,8 +192,19 @@ def run(command: list[str]) -> None:
 
 def race(name: str, folder: Path, o: argparse.Namespace, pythons: dict[str, str]) -> dict[str, Any]:
     """One tool once: what its process took, and what it says of the quantization alone."""
-    weights = folder / "weights" / f"{name}.safetensors"
-    if name in OURS:
+    weights = folder / ("bound.safetensors" if name == BOUND else f"weights/{name}.safetensors")
+    if name == BOUND:
+        command = [
+            sys.executable,
+            __file__,
+            "--step",
+            "bound",
+            "--folder",
+            str(folder),
+            "--batch-size",
+            str(o.batch_size),
+        ]
+    elif name in OURS:
         command = [sys.executable, __file__, "--step", "svlm", "--settings", json.dumps(OURS[name])]
         command += ["--folder", str(folder), "--batch-size", str(o.batch_size)]
     else:
@@ -190,15 +229,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batch-size", type=int, default=4, help="of svlm; peers take samples one by one")
-    parser.add_argument("--only", nargs="+", help="tools, of: " + ", ".join([*OURS, *PEERS]))
+    parser.add_argument("--only", nargs="+", help="tools, of: " + ", ".join([BOUND, *OURS, *PEERS]))
     parser.add_argument("--folder", type=Path, help="where model, batches and weights lie; else a temporary one")
     parser.add_argument("--json", type=Path)
     for hidden in ("--step", "--settings", "--out"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     o = parser.parse_args()
     if o.step:
-        steps = {"make": lambda: make(o.folder, o), "judge": lambda: judge(o.folder, o)}
-        steps.get(o.step, lambda: ours(o.folder, json.loads(o.settings), o))()
+        if o.step == "svlm":
+            ours(o.folder, json.loads(o.settings), o)
+        else:
+            {"make": make, "judge": judge, "bound": bound}[o.step](o.folder, o)
         return
     pythons = dict(item.partition("=")[::2] for item in o.python)
     os.environ |= {"OMP_NUM_THREADS": str(o.threads), "MKL_NUM_THREADS": str(o.threads)}
@@ -208,7 +249,7 @@ def main() -> None:
         sizes = ["--samples", str(o.samples), "--tiles", str(o.tiles), "--blocks", str(o.blocks)]
         if not (folder / "batches.safetensors").is_file():
             run([sys.executable, __file__, "--step", "make", "--folder", str(folder), *sizes])
-        names = o.only or [*OURS, *(p for p in PEERS if p.partition(":")[0] in pythons)]
+        names = o.only or [BOUND, *OURS, *(p for p in PEERS if p.partition(":")[0] in pythons)]
         runs: dict[str, list[dict[str, Any]] | str] = {name: [] for name in names}
         for _ in range(o.rounds):
             for name, found in runs.items():
@@ -240,7 +281,7 @@ def table(result: dict[str, Any]) -> str:
         facts = {key: statistics.median(run[key] for run in runs) for key in runs[0] if key != "notes"}
         alone = f"{facts['wall']:.1f}, {facts['cpu']:.1f}"
         process = f"{facts['process_wall']:.1f} | {facts['process_cpu']:.1f}"
-        error = f"{result['layer_error'][name]:.5f}"
+        error = f"{result['layer_error'][name]:.5f}" if name != BOUND else ""
         lines.append(f"| {name} | {process} | {alone} | {facts['peak_bytes'] / 1e6:.0f} | {error} |")
     return "\n".join(lines)
 
