@@ -19,7 +19,7 @@ from ...compress.anatomy import ModelView, Unit
 from ...compress.base import Json
 from ...compress.blueprint import Shapes, blueprint, config_tree, shapes_of
 from ...compress.errors import Unmet
-from ._shapes import differing, edit
+from ._shapes import alike, differing, edit
 
 COUNT_KEYS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers", "depth")
 BLOCK_KEYS = ("fullatt_block_indexes", "deepstack_visual_indexes")  # numbers of blocks
@@ -194,18 +194,9 @@ def take_out(model: Any, removal: Removal) -> Callable[[], None]:
         undo.append(partial(_fill, holder, blocks))
         _fill(holder, [block for i, block in enumerate(blocks) if i not in removed])
     keys = {path.rpartition(".")[2] for path in removal.edits}
-    theirs = dict(removal.built.named_modules())
-    for name, mine in model.named_modules():
-        other = theirs.get(name)
-        if other is None:  # something that a pass put onto the model
-            continue
-        for key, value in vars(other).items():
-            own = vars(mine).get(key)
-            if key == "config" and own is not None:
-                for part, setting, wanted in differing(own, value, keys):
-                    put(part, setting, wanted)
-            elif _counts(value) and type(own) is type(value) and own != value:
-                put(mine, key, value)
+    for _, mine, other in alike(model, removal.built):
+        for owner, key, value in differing(mine, other, keys, _counts):
+            put(owner, key, value)
 
     def back() -> None:
         for one in reversed(undo):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -61,21 +61,14 @@ def take_on(model: Any, built: nn.Module, edits: Mapping[str, Any]) -> dict[str,
     """
     edit(model.config, edits)
     keys = {*KEYS, *(path.rpartition(".")[2] for path in edits)}
-    theirs = dict(built.named_modules())
     fresh: dict[int, nn.Parameter] = {}
     factors: dict[str, list[float]] = {}
-    for name, mine in model.named_modules():
-        other = theirs.get(name)
-        if other is None:  # something that a pass put onto the model
-            continue
+    for name, mine, other in alike(model, built):
+        for owner, key, value in differing(mine, other, keys, _is_size):
+            setattr(owner, key, value)
         for key, value in vars(other).items():
             own = vars(mine).get(key)
-            if key == "config" and own is not None:
-                for part, setting, wanted in differing(own, value, keys):
-                    setattr(part, setting, wanted)
-            elif _is_size(value) and type(own) is type(value) and own != value:
-                setattr(mine, key, value)
-            elif type(value) is float and type(own) is float and own != value:
+            if type(value) is float and type(own) is float and own != value:
                 factors[f"{name}.{key}"] = [own, value]
                 _rescale(mine, own, value)
                 setattr(mine, key, value)
@@ -105,9 +98,26 @@ def _rescale(module: nn.Module, old: float, new: float) -> None:
             buffer.fill_(new)
 
 
-def differing(mine: Any, theirs: Any, keys: Iterable[str]) -> Iterator[tuple[Any, str, Any]]:
-    """(part, key, value) for each of `keys` that two configs of a module, or their parts, do not say alike."""
-    for (_, own), (_, other) in zip(config_tree(mine), config_tree(theirs), strict=True):
-        for key in keys:
-            if key in vars(other) and vars(own).get(key) != vars(other)[key]:
-                yield own, key, vars(other)[key]
+def alike(model: nn.Module, built: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
+    """(name, module, the module of that name in `built`); not what a pass put onto the model."""
+    theirs = dict(built.named_modules())
+    return ((name, mine, theirs[name]) for name, mine in model.named_modules() if name in theirs)
+
+
+def differing(
+    mine: nn.Module, other: nn.Module, keys: Iterable[str], counts: Callable[[Any], bool]
+) -> Iterator[tuple[Any, str, Any]]:
+    """(owner, key, value of the other) for what two modules do not say alike: `keys` of their configs, and numbers.
+
+    Args:
+        keys: in the module's config and its parts. counts: whether a value is a number that a module keeps of its own.
+    """
+    for key, value in vars(other).items():
+        own = vars(mine).get(key)
+        if key == "config" and own is not None:
+            for (_, part), (_, theirs) in zip(config_tree(own), config_tree(value), strict=True):
+                for setting in keys:
+                    if setting in vars(theirs) and vars(part).get(setting) != vars(theirs)[setting]:
+                        yield part, setting, vars(theirs)[setting]
+        elif counts(value) and type(own) is type(value) and own != value:
+            yield mine, key, value
