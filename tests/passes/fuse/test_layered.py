@@ -16,7 +16,16 @@ from svlm.passes.tokens.dpp import DPP
 from svlm.passes.tokens.fastv import FastV
 from svlm.passes.tokens.grid import Grid
 from tests import zoo
-from tests.passes.tokens.helpers import IN_SEQUENCE, generate, logits, prompts, single, two_images, typed
+from tests.passes.tokens.helpers import (
+    IN_SEQUENCE,
+    generate,
+    logits,
+    moved_together,
+    prompts,
+    single,
+    two_images,
+    typed,
+)
 
 from .helpers import CASES, NOTHING, cache_lengths, cache_of, put, text, treated, wanted
 
@@ -202,22 +211,7 @@ def test_rows_of_the_cache_move_together():
     batch["attention_mask"][1, :2] = 0
     with torch.no_grad():
         cache = cache_of(view, batch)
-        length, mask = cache.get_seq_length(), torch.nn.functional.pad(batch["attention_mask"], (0, 1), value=1)
-
-        def step(rows):
-            cells = {"input_ids": torch.full((len(rows), 1), 7), "attention_mask": mask[rows], "past_key_values": cache}
-            out = view.model(**cells).logits
-            cache.crop(-1)
-            return out
-
-        expected = step([0, 1])
-        assert cache.get_seq_length() == length
-        cache.reorder_cache(torch.tensor([1, 0]))
-        torch.testing.assert_close(step([1, 0]), expected[[1, 0]], **CLOSE)
-        cache.batch_repeat_interleave(2)
-        torch.testing.assert_close(step([1, 1, 0, 0]), expected[[1, 1, 0, 0]], **CLOSE)
-        cache.batch_select_indices(torch.tensor([2, 1]))
-        torch.testing.assert_close(step([0, 1]), expected, **CLOSE)
+        moved_together(view, batch, cache, CLOSE)
         with pytest.raises(UsageError, match="into its images"):
             cache.crop(-30)
         cache.reset()

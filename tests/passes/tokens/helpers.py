@@ -140,3 +140,23 @@ def masked_original(model: Any, batch: dict[str, Tensor], kept: Tensor) -> Tenso
         return logits(model, batch)
     finally:
         handle.remove()
+
+
+def moved_together(view: ModelView, batch: dict[str, Tensor], cache: Any, close: dict[str, float]) -> None:
+    """Rows of a prompt's cache swapped, repeated and selected: the next token is that of the row it came from."""
+    length, mask = cache.get_seq_length(), torch.nn.functional.pad(batch["attention_mask"], (0, 1), value=1)
+
+    def step(rows: list[int]) -> Tensor:
+        cells = {"input_ids": torch.full((len(rows), 1), 7), "attention_mask": mask[rows], "past_key_values": cache}
+        out = view.model(**cells).logits
+        cache.crop(-1)
+        return out
+
+    expected = step([0, 1])
+    assert cache.get_seq_length() == length
+    cache.reorder_cache(torch.tensor([1, 0]))
+    torch.testing.assert_close(step([1, 0]), expected[[1, 0]], **close)
+    cache.batch_repeat_interleave(2)
+    torch.testing.assert_close(step([1, 1, 0, 0]), expected[[1, 1, 0, 0]], **close)
+    cache.batch_select_indices(torch.tensor([2, 1]))
+    torch.testing.assert_close(step([0, 1]), expected, **close)

@@ -25,6 +25,7 @@ from .helpers import (
     kept_of,
     logits,
     masked_original,
+    moved_together,
     prompts,
     reduced,
     single,
@@ -204,22 +205,7 @@ def test_cache_rows_move_together(llava):
     batch["attention_mask"][1, :2] = 0
     with torch.no_grad():
         cache = view.model(**batch, use_cache=True).past_key_values
-        length, mask = cache.get_seq_length(), torch.nn.functional.pad(batch["attention_mask"], (0, 1), value=1)
-
-        def step(rows):
-            cells = {"input_ids": torch.full((len(rows), 1), 7), "attention_mask": mask[rows], "past_key_values": cache}
-            out = view.model(**cells).logits
-            cache.crop(-1)
-            return out
-
-        wanted = step([0, 1])
-        assert cache.get_seq_length() == length
-        cache.reorder_cache(torch.tensor([1, 0]))
-        torch.testing.assert_close(step([1, 0]), wanted[[1, 0]], **CLOSE)
-        cache.batch_repeat_interleave(2)
-        torch.testing.assert_close(step([1, 1, 0, 0]), wanted[[1, 1, 0, 0]], **CLOSE)
-        cache.batch_select_indices(torch.tensor([2, 1]))
-        torch.testing.assert_close(step([0, 1]), wanted, **CLOSE)
+        moved_together(view, batch, cache, CLOSE)
         cache.reset()
         assert cache.get_seq_length() == 0 and type(cache) is tf.DynamicCache
 
