@@ -11,12 +11,14 @@ quantized, imports and loading included; the quantization alone is given beside 
 float32, or in bfloat16 as the checkpoint has it (NAME:bfloat16). The layer error is svlm's, for all alike:
 ``tr((W - Q) H (W - Q)^T) / tr(W H W^T)``, mean over linears, with the H of what the original model feeds each, all
 tokens alike. `BOUND` shows what no tool can go below: the same process that only sends the samples through the vision
-tower, once, with the model's own forward, which is stopped where the decoder begins.
+tower, once, with the model's own forward, which is stopped where the decoder begins. Results are kept in --json as they
+come, and not made again.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -250,23 +252,29 @@ def main() -> None:
         if not (folder / "batches.safetensors").is_file():
             run([sys.executable, __file__, "--step", "make", "--folder", str(folder), *sizes])
         names = o.only or [BOUND, *OURS, *(p for p in PEERS if p.partition(":")[0] in pythons)]
-        runs: dict[str, list[dict[str, Any]] | str] = {name: [] for name in names}
-        for _ in range(o.rounds):
-            for name, found in runs.items():
-                try:
-                    if isinstance(found, list):
-                        found.append(race(name, folder, o, pythons))
-                except RuntimeError as error:
-                    runs[name] = str(error)
-                    print(name, error, file=sys.stderr, flush=True)
+        setting = {k: getattr(o, k) for k in ("samples", "tiles", "blocks", "threads", "batch_size")}
+        setting |= {"bits": BITS, "group": GROUP}
+        made = json.loads(o.json.read_text()) if o.json and o.json.is_file() else {"setting": setting, "runs": {}}
+        if made["setting"] != setting:
+            raise SystemExit(f"{o.json} holds results for {made['setting']}, not for {setting}; give another --json")
+        runs: dict[str, list[dict[str, Any]] | str] = made["runs"]
+        for _, name in itertools.product(range(o.rounds), names):
+            found = runs.setdefault(name, [])
+            if isinstance(found, str) or len(found) >= o.rounds:
+                continue
+            try:
+                found.append(race(name, folder, o, pythons))
+            except RuntimeError as error:
+                runs[name] = str(error)
+                print(name, error, file=sys.stderr, flush=True)
+            if o.json:  # as they come: a run that is killed goes on with the next
+                o.json.write_text(json.dumps(made, indent=1) + "\n")
         judged = folder / "judged.json"
         run([sys.executable, __file__, "--step", "judge", "--folder", str(folder), "--out", str(judged)])
-        errors = json.loads(judged.read_text())
-    setting = {k: getattr(o, k) for k in ("samples", "tiles", "blocks", "rounds", "threads", "batch_size")}
-    result = {"setting": setting | {"bits": BITS, "group": GROUP}, "runs": runs, "layer_error": errors}
+        made["layer_error"] = made.get("layer_error", {}) | json.loads(judged.read_text())
     if o.json:
-        o.json.write_text(json.dumps(result, indent=1) + "\n")
-    print(table(result))
+        o.json.write_text(json.dumps(made, indent=1) + "\n")
+    print(table(made))
 
 
 def table(result: dict[str, Any]) -> str:
@@ -281,7 +289,7 @@ def table(result: dict[str, Any]) -> str:
         facts = {key: statistics.median(run[key] for run in runs) for key in runs[0] if key != "notes"}
         alone = f"{facts['wall']:.1f}, {facts['cpu']:.1f}"
         process = f"{facts['process_wall']:.1f} | {facts['process_cpu']:.1f}"
-        error = f"{result['layer_error'][name]:.5f}" if name != BOUND else ""
+        error = f"{result['layer_error'][name]:.5f}" if name in result.get("layer_error", {}) else ""
         lines.append(f"| {name} | {process} | {alone} | {facts['peak_bytes'] / 1e6:.0f} | {error} |")
     return "\n".join(lines)
 
