@@ -6,7 +6,7 @@ Vision tower, connector and language model, groups of 64, the same solver for bo
 on. A few answer tokens make up most of the KL, so both are judged as in `quality_vs_peers.py`, on 8,192 fresh questions
 that no pass has seen, and compared question by question: `apart` is the mean difference in nats a token with its
 standard error, `ratio` mixed over uniform with its 95 % interval, and in the last line the same over all seeds.
-Results are kept as they come; --resume goes on.
+Results are kept as they come; --resume goes on, with the same --work.
 """
 
 from __future__ import annotations
@@ -73,10 +73,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     o = parser.parse_args()
     rows: dict[str, Any] = json.loads(o.json.read_text()) if o.resume and o.json.is_file() else {}
+    rows.pop("all seeds", None)
     o.work.mkdir(parents=True, exist_ok=True)
     fresh = Fresh(o.fresh, o.work / f"reference-{o.fresh}.safetensors")
     for seed in o.seeds:
-        if f"seed {seed}" not in rows:
+        if f"seed {seed}" not in rows or not all(judged(o, name, seed).is_file() for name in PASSES):
             rows[f"seed {seed}"] = compare(fresh, seed, o)
             write_json(o.json, rows)
             print(f"seed {seed}", rows[f"seed {seed}"], file=sys.stderr, flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -19,7 +20,7 @@ LEAST_SPARSITY = 0.05
 
 
 @dataclass(frozen=True)
-class Sparsify(Pass):
+class Sparsify(Pass, ABC):
     """The settings are explained in the passes; `_statistic` and `_prune` are theirs."""
 
     sparsity: float = 0.5
@@ -35,13 +36,13 @@ class Sparsify(Pass):
             raise ValueError(f"drift_share is a share in [0, 1], not {self.drift_share}")
         pattern_of(self.pattern)
 
+    @abstractmethod
     def _statistic(self) -> Callable[[], Stat]:
         """What is observed of the inputs."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _prune(self, model: ModelView, stage: Sequence[LinearRef], stat: Any) -> dict[str, dict[str, Json]]:
         """Put zeros into linears that share an input; path -> numbers, `blind` and `dead` among them."""
-        raise NotImplementedError
 
     def requires(self, model: ModelView, ctx: Context) -> None:
         refs = model.linears(self.where)
