@@ -50,6 +50,9 @@ class GPTQ(Pass):
         token_weights: how visual and text tokens count in the Hessian: ``gradient`` weighs a visual
             token by MBQ's ratio of gradients, r of its block's attention or MLP, where text weighs 1; ``balanced``
             (half each), ``uniform`` or ``text``. In the vision tower and the connector every token counts the same.
+        equalize: before anything else bring the input channels behind each norm, and behind the `up` of a gated MLP, to
+            sizes near each other, by scales that move into what writes them: exact, without data, and groups then hold
+            columns that one scale fits.
         scale_search: choose each scale, of either sign, by the least error weighted by what an error in the column
             costs after compensation (1 / U_ii^2), not by the largest weight.
         refine: rounds that follow GPTQ, each new scales by least squares and a sweep over the integers in which every
@@ -61,7 +64,9 @@ class GPTQ(Pass):
 
     name: ClassVar[str] = "quantize.gptq"
     summary: ClassVar[str] = "weights to 2, 3, 4 or 8 bits with second-order error compensation, packed on disk"
-    paper: ClassVar[str] = "GPTQ, arXiv 2210.17323; QuantEase, arXiv 2309.01885; GPTAQ, arXiv 2504.02692"
+    paper: ClassVar[str] = (
+        "GPTQ, arXiv 2210.17323; QuantEase, arXiv 2309.01885; GPTAQ, arXiv 2504.02692; equalization, arXiv 1906.04721"
+    )
 
     bits: int = 4
     group: int = 64
@@ -72,6 +77,7 @@ class GPTQ(Pass):
     blocksize: int = 128
     true_sequential: bool = True
     token_weights: Literal["gradient", "balanced", "uniform", "text"] = "gradient"
+    equalize: bool = True
     scale_search: bool = True
     refine: int = 2
     asymmetric: float = 0.0
@@ -102,8 +108,10 @@ class GPTQ(Pass):
 
         from ...calib.stats import Hessian
         from ._drift import Drift, Twin
+        from ._equalize import equalize
         from ._gptq import factor_of, gptq
 
+        equalized = equalize(model, model.linears(self.where)) if self.equalize else 0
         twin = Twin(model, ctx, self.where) if self.asymmetric else None
         walk = ctx.walk(self.where, name="gptq")
         for unit in walk:
@@ -158,6 +166,7 @@ class GPTQ(Pass):
         rows = {path: row for notes in walk.notes.values() for path, row in notes["linears"].items()}
         groups = {path: row["group"] for path, row in rows.items()}
         numbers = _numbers(rows) | group_notes(groups, self.group)
+        numbers["linears_equalized"] = equalized
         numbers["visual_token_share"] = visual_share(model, ctx.fit)
         numbers["visual_token_weight"] = walk.weights_used(self.token_weights)
         if twin:

@@ -55,6 +55,7 @@ class Mixed(Pass):
         act_order: as in quantize.gptq.
         true_sequential: as in quantize.gptq.
         token_weights: as in quantize.gptq.
+        equalize: as in quantize.gptq; before the tries.
         scale_search: as in quantize.gptq.
         refine: as in quantize.gptq.
     """
@@ -73,6 +74,7 @@ class Mixed(Pass):
     act_order: Literal["static", "none"] = "static"
     true_sequential: bool = True
     token_weights: Literal["gradient", "balanced", "uniform", "text"] = "gradient"
+    equalize: bool = True
     scale_search: bool = True
     refine: int = 2
 
@@ -97,6 +99,7 @@ class Mixed(Pass):
             act_order=self.act_order,
             true_sequential=self.true_sequential,
             token_weights=self.token_weights,
+            equalize=False,  # done before the tries
             scale_search=self.scale_search,
             refine=self.refine,
         )
@@ -159,8 +162,10 @@ class Mixed(Pass):
     def apply(self, model: ModelView, ctx: Context) -> Notes:
         from ...compress.runtime.codebook import integer_grids
         from ._allocate import allocate
+        from ._equalize import equalize
 
         where, table = chosen(model, self.where)
+        equalized = equalize(model, selected(model, where)) if self.equalize else 0
         weights = importance(ctx, table, self.token_weights) if table else None
         costs = self._costs(model, ctx, where, table, weights)
         sizes = self._sizes(model)
@@ -183,7 +188,7 @@ class Mixed(Pass):
         if where:
             solver = self._solver(where)
             notes = solver.rounded(model, ctx, lambda ref: (bits[ref.path], self._group(ref)))
-            numbers |= notes.numbers
+            numbers |= notes.numbers | {"linears_equalized": equalized}
         numbers["stock_transformers"] = stock_note(model)
         grids = integer_grids(model.grids)
         kinds = {path: [grids[path].bits, grids[path].group, grids[path].symmetric] for path in bits}
