@@ -132,7 +132,9 @@ def ours(bench: svlm.Workbench, steps: Steps, bits: int, group: int, out: Path) 
         kind = {"bits": bits, "group": group} if name.startswith("quantize.") else {}
         step = svlm.find(name).from_settings(kind | {"where": ["language"]} | settings)
         svlm.apply_pass(step, view, bench.context(view))
-    save_file({path: view.linear(path).module.weight.detach().clone() for path in view.grids}, out)
+    before = dict(bench.original.model.named_parameters())
+    changed = {n: p.detach().clone() for n, p in view.model.named_parameters() if not torch.equal(p, before[n])}
+    save_file(changed, out)  # norms too: scales may have moved into them
     return ""
 
 
@@ -200,9 +202,10 @@ def main() -> None:
             continue
         view = svlm.load_view("demo")
         weights = load_file(out)
-        for path, weight in weights.items():
-            view.linear(path).module.weight.data.copy_(weight)
-        kl = fresh.judge(view, all(path.startswith(view.decoder_path + ".") for path in weights))
+        parameters = dict(view.model.named_parameters())
+        for name, weight in weights.items():  # peers name linears, svlm parameters
+            parameters[name if name in parameters else f"{name}.weight"].data.copy_(weight)
+        kl = fresh.judge(view, all(name.startswith(view.decoder_path + ".") for name in weights))
         np.save(out.with_suffix(".npy"), kl)
         error = float((kl[:, 0] - mean(kl) * kl[:, 1]).std() * len(kl) ** 0.5 / kl[:, 1].sum())
         rows[key] = {"kl": mean(kl), "kl_error": error, "exact_match": float(kl[:, 2].mean()), **change(kl)}

@@ -216,8 +216,9 @@ def test_gradient_weights_need_answers(step: Pass) -> None:
 
 def test_true_sequential_takes_statistics_after_the_earlier_linears_were_rounded() -> None:
     where = ("language.blocks[0]",)
-    together, _ = run(GPTQ(bits=2, group=8, where=where, token_weights="balanced", true_sequential=False))
-    one_by_one, _ = run(GPTQ(bits=2, group=8, where=where, token_weights="balanced"))
+    kind: dict[str, Any] = {"bits": 2, "group": 8, "where": where, "token_weights": "balanced", "equalize": False}
+    together, _ = run(GPTQ(**kind, true_sequential=False))
+    one_by_one, _ = run(GPTQ(**kind))
     a, b = weights(together, where), weights(one_by_one, where)
     same = {path.rsplit(".", 1)[1]: torch.equal(a[path], b[path]) for path in a}
     assert same["q_proj"] and same["k_proj"] and same["v_proj"], "nothing comes before them"
@@ -254,7 +255,7 @@ def test_a_linear_that_no_token_reaches_is_rounded_to_nearest_and_counted(monkey
     monkeypatch.setattr(Hessian, "update", lambda self, x, weights: None)
     monkeypatch.setattr(MeanSquare, "update", lambda self, x, weights: None)
     where = ("language.blocks[0]",)
-    view, notes = run(GPTQ(bits=4, group=8, where=where))
+    view, notes = run(GPTQ(bits=4, group=8, where=where, equalize=False))
     assert notes.numbers["linears_without_tokens"] == notes.numbers["rounded_to_nearest"] == len(view.grids) == 7
     plain, _ = run(RTN(bits=4, group=8, where=where, search="none"))
     assert all(torch.equal(w, weights(plain)[path]) for path, w in weights(view).items())
