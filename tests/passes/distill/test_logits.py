@@ -226,7 +226,7 @@ def test_a_diverging_run_stops_and_keeps_the_best() -> None:
     student, teacher = pair()
     batch = zoo.batch("llava")
     before = divergence(student, teacher, batch)
-    notes = distilled(replace(QUICK, steps=60, lr=1e4, warmup=0.5), student, context(teacher, [batch]))
+    notes = distilled(replace(QUICK, steps=60, lr=1e30), student, context(teacher, [batch]))
     assert notes.numbers["diverged_at"] is not None and notes.numbers["steps"] < 60
     assert divergence(student, teacher, batch) <= before
     assert notes.numbers["kl_best"] <= notes.numbers["kl_first"]
