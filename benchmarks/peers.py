@@ -81,15 +81,9 @@ def effective(model: nn.Module, paths: list[str], widths: dict[str, int]) -> dic
 
 
 def llmcompressor(model: nn.Module, batches: list[Batch], o: argparse.Namespace) -> nn.Module:
-    from datasets import Dataset
     from llmcompressor import oneshot
     from llmcompressor.modifiers.gptq import GPTQModifier
-
-    rows = [{k: v.tolist() for k, v in batch.items()} for batch in batches]
-
-    def collate(items: list[dict[str, Any]]) -> Batch:
-        (item,) = items
-        return {k: torch.tensor(v) for k, v in item.items()}
+    from torch.utils.data import DataLoader
 
     weights = {"num_bits": o.bits, "type": "int", "symmetric": True, "strategy": "group", "group_size": o.group}
     names = [f"re:.*{n.split('.', 1)[1].replace('.', chr(92) + '.')}$" for n in targets(model)]
@@ -98,12 +92,11 @@ def llmcompressor(model: nn.Module, batches: list[Batch], o: argparse.Namespace)
         config_groups={"group_0": {"targets": names, "weights": weights | {"actorder": "static"}}}, ignore=others
     )
     tokenizer = AutoTokenizer.from_pretrained(o.model)  # not used, but asked for
-    data = Dataset.from_list(rows)
-    rows.clear()
+    data: Any = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
     with clocked():
         oneshot(
-            model=model, dataset=data, recipe=recipe, data_collator=collate, processor=tokenizer,
-            num_calibration_samples=len(data), max_seq_length=4096,
+            model=model, dataset=data, recipe=recipe, processor=tokenizer, num_calibration_samples=len(batches),
+            max_seq_length=4096,
         )  # fmt: skip
     return model
 

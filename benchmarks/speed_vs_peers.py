@@ -245,6 +245,7 @@ def main() -> None:
         return
     pythons = dict(item.partition("=")[::2] for item in o.python)
     os.environ |= {"OMP_NUM_THREADS": str(o.threads), "MKL_NUM_THREADS": str(o.threads)}
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # for all: CPU time is then work, and not threads that wait for others
     with tempfile.TemporaryDirectory() as temporary:
         folder = (o.folder or Path(temporary)).resolve()
         (folder / "weights").mkdir(parents=True, exist_ok=True)

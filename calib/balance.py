@@ -42,6 +42,7 @@ from ..compress.base import Json, evaluating
 from ..compress.errors import Unmet, WorkFailed
 from ..compress.mapped import release
 from ..compress.runtime.seen import seen, wants_labels
+from .narrow import narrow_dtype, narrowing
 from .replay import patched, pieces
 from .scratch import fingerprint
 from .stats import input_masks
@@ -293,7 +294,8 @@ def _backward(
         return forward
 
     blocks = {ref.unit.module for ref in watched}
-    with evaluating(view.model), frozen(view.model), torch.enable_grad():
+    narrow = narrowing(view.units, narrow_dtype(view))
+    with evaluating(view.model), frozen(view.model), torch.enable_grad(), narrow:
         inside = {ref.module: watching(ref) for ref in watched}
         with patched({**finished, **inside, **{block: again(block) for block in blocks}}):
             loss = _loss(view, batch)

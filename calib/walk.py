@@ -38,6 +38,7 @@ from ..compress.selectors import Where
 from .balance import Balance
 from .clock import Clock
 from .drift import drift
+from .narrow import narrow_dtype, narrowed, narrowing
 from .replay import Arrived, Call, Probe, catching, hollow, patched, recording, replaying, samples, swapped, watching
 from .scratch import Scratch
 from .stats import Stat, TokenWeights, input_masks, modality_weights
@@ -100,7 +101,7 @@ class WalkUnit:
                 }
                 with patched(watchers):
                     try:
-                        self._walk._run(self.unit, args, kwargs)
+                        self._walk._run(self.unit, args, kwargs, narrow=True)
                     except Arrived:
                         continue
                 raise WorkFailed(
@@ -186,8 +187,7 @@ class Walk:
         drifting: float = 0.0,
     ) -> None:
         self.view, self.batches = view, batches
-        self._clock = Clock(seconds)
-        self._units = view.units
+        self._clock, self._units = Clock(seconds), view.units
         self.name, self.progress = name, progress or Silent()
         self.notes: dict[str, dict[str, Json]] = {}
         self.drifting = drifting
@@ -199,6 +199,7 @@ class Walk:
         self._memos: dict[str, list[list[Any]]] = {}  # module path -> batch -> arrival -> output
         self._kept: list[Kept | None] = [None] * len(batches)  # by token passes
         self._shares: dict[LinearRef, float] = {}
+        self._narrow = narrow_dtype(view)
         self._weighs = any(ref.unit.tokens != "image" for refs in self._selected.values() for ref in refs)
         self.balance = balance or Balance(view, batches, scratch)
         self._probe: Probe | None = None
@@ -220,7 +221,7 @@ class Walk:
                 self.progress.step(note=unit.name)
                 done += 1
         for unit in units[done:]:
-            with self._clock.timing("forward"):
+            with self._clock.timing("forward"), narrowing(self._units, self._narrow):
                 calls = self._capture(unit)
             current = WalkUnit(self, unit, self._selected[unit], calls)
             rounding = rounding_of(unit.module)
@@ -234,7 +235,7 @@ class Walk:
                 now = rounding_of(unit.module)  # of a unit that is a linear itself: what was caught has met its hook
                 if now is not None and now is not rounding:
                     calls = [[((now.round(args[0]), *args[1:]), kwargs) for args, kwargs in batch] for batch in calls]
-                self._memos[unit.path] = [[self._run(unit, *call) for call in batch] for batch in calls]
+                self._memos[unit.path] = [[self._run(unit, *call, narrow=True) for call in batch] for batch in calls]
                 self._forget()
             current._calls = calls = []
             self.progress.step(note=unit.name)
@@ -263,11 +264,11 @@ class Walk:
 
     # ------------------------------------------------------------------------------------------------ one unit alone
 
-    def _run(self, unit: Unit, args: tuple[Any, ...], kwargs: dict[str, Any], gradients: bool = False) -> Any:
+    def _run(self, unit: Unit, args: Any, kwargs: Any, gradients: bool = False, narrow: bool = False) -> Any:
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         versions = [tensor._version for tensor in given]
         with self._clock.timing("forward"), evaluating(unit.module), torch.set_grad_enabled(gradients):
-            out = unit.module.forward(*args, **kwargs)
+            out = narrowed(unit.module.forward, unit, self._narrow if narrow else None)(*args, **kwargs)
         if versions != [tensor._version for tensor in given]:
             raise WorkFailed("a block changes its input in place; it cannot be walked", where=unit.name)
         return out
@@ -342,14 +343,13 @@ class Walk:
         calls: list[list[Call]] = []
         self._shares.clear()
         for index in range(len(self.batches)):
-            expected = probe.calls(self.batches[index], unit.path)
             caught: list[Call] = []
             reached = False
             patches = self._returning(index)
             for path, record in records.items():
                 record.append([])
                 patches[self._module(path)] = recording(self._module(path), record[-1], keep.get(path, True))
-            patches[unit.module] = catching(unit.module, caught, expected)
+            patches[unit.module] = catching(unit.module, caught, probe.calls(self.batches[index], unit.path))
             with evaluating(self.view.model), patched(patches):
                 try:
                     self._forward(self.batches[index])

@@ -62,6 +62,7 @@ class Twin:
 
     def __init__(self, model: ModelView, ctx: Context, where: tuple[str, ...] | str) -> None:
         view = view_of(copy.deepcopy(model.model), rows=[model.family])
+        view.storage_dtype = model.storage_dtype
         self._units: Iterator[WalkUnit] = iter(Walk(view, ctx.fit, where, name="twin"))
         self._unit: WalkUnit | None = None
 
