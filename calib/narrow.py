@@ -39,6 +39,7 @@ def narrowed(forward: Callable[..., Any], unit: Unit, dtype: torch.dtype | None)
         return forward
 
     def narrow(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = tree_map(_in_one_piece, (args, kwargs))
         with torch.autocast(_device(unit), dtype, cache_enabled=False):
             out = forward(*args, **kwargs)
         return tree_map(lambda leaf: _wide(leaf, dtype), out)
@@ -57,6 +58,12 @@ def narrowing(units: Iterable[Unit], dtype: torch.dtype | None) -> Iterator[None
 
 def _wide(leaf: Any, dtype: torch.dtype) -> Any:
     return carried(leaf.float(), leaf) if isinstance(leaf, torch.Tensor) and leaf.dtype is dtype else leaf
+
+
+def _in_one_piece(leaf: Any) -> Any:
+    """Patches that a convolution left channel by channel would stay so from block to block: each norm copies them."""
+    whole = not isinstance(leaf, torch.Tensor) or leaf.is_contiguous() or 0 in leaf.stride()
+    return leaf if whole else carried(leaf.contiguous(), leaf)
 
 
 def _device(unit: Unit) -> str:

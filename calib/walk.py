@@ -20,7 +20,7 @@ batch, so a mistake would be loud. A vision tower that is finished as a whole is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -306,17 +306,14 @@ class Walk:
         """Share of visual tokens among the rows of a linear's input, over all batches."""
         if ref not in self._shares:
             found = [input_masks(self.view, batch, ref, kept) for batch, kept in zip(self.batches, self._kept)]
-            vision, text = (
-                sum(int(getattr(m, kind).sum()) for m in found if m is not None) for kind in ("vision", "text")
-            )
+            vision, text = (sum(int(getattr(m, k).sum()) for m in found if m is not None) for k in ("vision", "text"))
             self._shares[ref] = vision / max(vision + text, 1)
         return self._shares[ref]
 
     # ------------------------------------------------------------------------------------------------- the whole model
 
     def _forward(self, batch: Mapping[str, Any]) -> Any:
-        device = self.view.model.device
-        given = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+        given = {k: v.to(self.view.model.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
         return self.view.model(**{**given, "use_cache": False})
 
     def _capture(self, unit: Unit) -> list[list[Call]]:
@@ -339,34 +336,35 @@ class Walk:
             after = probe.successor.get(path)
             keep[path] = path in probe.tapped or after is None or after not in known
         records: dict[str, list[list[Any]]] = {path: [] for path in [*owners, *keep]}
-        complete = dict.fromkeys(records, True)
+        finished: list[set[str]] = []  # by batch
         calls: list[list[Call]] = []
         self._shares.clear()
-        for index in range(len(self.batches)):
+        for index, batch in enumerate(self.batches):
             caught: list[Call] = []
             reached = False
             patches = self._returning(index)
             for path, record in records.items():
                 record.append([])
                 patches[self._module(path)] = recording(self._module(path), record[-1], keep.get(path, True))
-            patches[unit.module] = catching(unit.module, caught, probe.calls(self.batches[index], unit.path))
+            patches[unit.module] = catching(unit.module, caught, probe.calls(batch, unit.path))
             with evaluating(self.view.model), patched(patches):
                 try:
-                    self._forward(self.batches[index])
+                    self._forward(batch)
                 except Arrived:
                     reached = True
             kept, before = seen(self.view.model), self._kept[index]
             self._kept[index] = kept.since(before) if kept else before
-            for path, record in records.items():
-                short = len(record[-1]) < probe.calls(self.batches[index], path)
-                complete[path] = complete[path] and not (reached and short)
+            done = {p for p, record in records.items() if not reached or len(record[-1]) >= probe.calls(batch, p)}
+            for path in (p for p in done if self._unread(p, {*self._memos, *done})):
+                records[path][-1] = [hollow(out) for out in records[path][-1]]
+            finished.append(done)
             calls.append(caught)
-        self._memos |= {path: record for path, record in records.items() if complete[path]}
+        if all(done == finished[0] for done in finished):  # else what one batch let go of, another might ask for
+            self._memos |= {path: records[path] for path in finished[0]}
         self._forget()
         if not any(calls):
-            raise WorkFailed(
-                "no sample reaches this part of the model", where=unit.name, change="calibrate with images"
-            )
+            change = "calibrate with images"
+            raise WorkFailed("no sample reaches this part of the model", where=unit.name, change=change)
         return calls
 
     def _module(self, path: str) -> nn.Module:
@@ -378,15 +376,17 @@ class Walk:
 
     def _forget(self) -> None:
         """Let go of memos that nothing reads any more."""
-        assert self._probe is not None
         for path in list(self._memos):
             if any(path.startswith(owner + ".") for owner in self._memos):
                 del self._memos[path]
-                continue
-            after = self._probe.successor.get(path)
-            readers = self._probe.readers.get(path, {after})
-            if path not in self._probe.tapped and all(reader in self._memos for reader in readers):
+            elif self._unread(path, self._memos):
                 self._memos[path] = [[hollow(out) for out in batch] for batch in self._memos[path]]
+
+    def _unread(self, path: str, known: Collection[str]) -> bool:
+        """Whether nothing but modules that are `known` reads what the module returned."""
+        assert self._probe is not None
+        readers = self._probe.readers.get(path, {self._probe.successor.get(path)})
+        return path not in self._probe.tapped and all(reader in known for reader in readers)
 
     def _returning(self, index: int) -> dict[nn.Module, Callable[..., Any]]:
         copy = self._probe is not None and self._probe.mutates

@@ -45,7 +45,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from torch import nn
 
 from ..anatomy import ModelView
@@ -198,7 +197,7 @@ def packed_state(view: ModelView, state: Mapping[str, torch.Tensor]) -> dict[str
         packed[f"{path}.weight_packed"] = pack(quantize(weight, grid), grid.bits)
         packed[f"{path}.weight_shape"] = torch.tensor(weight.shape, dtype=torch.int64)
         if grid.zero is not None:
-            packed[f"{path}.weight_zero_point"] = pack_to_int32(grid.zero.to(torch.int8), grid.bits, packed_dim=0)
+            packed[f"{path}.weight_zero_point"] = pack(grid.zero.to(torch.int8), grid.bits, dim=0)
     return packed
 
 
@@ -232,7 +231,7 @@ def unpack_state(
             zero = None
             if not row["symmetric"]:
                 stored = state.pop(f"{name}.weight_zero_point")
-                zero = unpack_from_int32(stored, row["bits"], torch.Size((out, scale.shape[1])), packed_dim=0)
+                zero = unpack(stored, row["bits"], (out, scale.shape[1]), dim=0)
         except KeyError as error:
             raise ModelError("the packed checkpoint lacks a tensor", where=name, found=str(error)) from error
         grid = Grid(row["bits"], row["group"], row["symmetric"], scale, zero)

@@ -17,14 +17,13 @@ optimum replaces the linears (and convolutions) whose path begins with `block_na
 from __future__ import annotations
 
 import torch
-from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from torch import nn
 
 from .. import __version__
 from ..anatomy import ModelView
 from ..base import Json
 from ..errors import UsageError
-from ..runtime.grid import Grid
+from ..runtime.grid import Grid, pack
 from .common import Choice, Rounded, choose, dense_notes, half_scales, integers, spell_kind, zeros_of
 from .table import FORMATS, spell
 
@@ -36,9 +35,9 @@ def pack_linear(q: torch.Tensor, zero: torch.Tensor, bits: int, *, v2: bool) -> 
         q: [out, in] int8. zero: [out, groups] int8. bits: 2, 3, 4 or 8.
         v2: zero points as they are; else one less, for which none may be the lowest integer.
     """
-    qweight = pack_to_int32(q.t().contiguous(), bits, packed_dim=0)
+    qweight = pack(q.t().contiguous(), bits, dim=0)
     stored = zero if v2 else zero - 1
-    return qweight.contiguous(), pack_to_int32(stored.t().contiguous(), bits, packed_dim=1).contiguous()
+    return qweight.contiguous(), pack(stored.t().contiguous(), bits).contiguous()
 
 
 def pack_model(

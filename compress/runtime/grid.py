@@ -12,9 +12,9 @@ nothing but the scales has to be kept beside the weights.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
-from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 
 BITS = (2, 3, 4, 8)
 
@@ -94,11 +94,18 @@ def on_grid(w: torch.Tensor, grid: Grid) -> bool:
     return off_grid(w, grid) == 0.0
 
 
-def pack(q: torch.Tensor, bits: int) -> torch.Tensor:
-    """int8 [out, in] to int32 [out, ceil(in * bits / 32)], dense along the inputs (compressed-tensors' layout)."""
-    return pack_to_int32(q, bits)
+def pack(q: torch.Tensor, bits: int, dim: Literal[0, 1] = 1) -> torch.Tensor:
+    """int8 [out, in] to int32 [out, ceil(in * bits / 32)], dense along the inputs (compressed-tensors' layout).
+
+    dim: 0 packs along the outputs instead.
+    """
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32  # seconds to import: who packs
+
+    return pack_to_int32(q, bits, packed_dim=dim)
 
 
-def unpack(words: torch.Tensor, bits: int, shape: tuple[int, int]) -> torch.Tensor:
+def unpack(words: torch.Tensor, bits: int, shape: tuple[int, int], dim: Literal[0, 1] = 1) -> torch.Tensor:
     """The inverse of `pack`: int8 of `shape` [out, in]."""
-    return unpack_from_int32(words, bits, torch.Size(shape))
+    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+
+    return unpack_from_int32(words, bits, torch.Size(shape), packed_dim=dim)

@@ -168,6 +168,7 @@ def check_grids(
 
     A mapping of paths says the group of each linear, as the record has it; where it is a list, all have `group`.
     """
+    from ...compress.mapped import release
     from ...compress.runtime.grid import Grid, off_grid
 
     for path in paths:
@@ -179,7 +180,9 @@ def check_grids(
                 where=path,
                 found=_spell(grid.bits, grid.group, grid.symmetric) if isinstance(grid, Grid) else "no such grid",
             )
-        share = off_grid(model.weight(path), grid)
+        weight = model.weight(path)
+        share = off_grid(weight, grid)
+        release(weight)
         if share > 0:
             raise PromiseBroken(
                 f"{step.name} promised weights on a {bits}-bit grid",

@@ -24,6 +24,7 @@ from ._descent import STRIP, descend
 from ._rtn import absmax_grid, searched_grid
 
 MOST_RETRIES = 8
+LEAF = 128  # columns that are factorised as one
 ActOrder = Literal["static", "none"]
 
 
@@ -166,11 +167,11 @@ def gptq(
     static = act_order == "static"
     grids = [] if not static else [grid_of(alive, group, importance)]
     columns, order, places = w.shape[1], found.order, found.order.tolist()
-    diagonal = found.upper.diagonal().tolist()
     factored = found.upper.to(precision)
+    diagonal = factored.diagonal()
     slope = None if drift is None else _slope(drift[order][:, order], found.upper).to(precision)
     rest = alive[:, order].T.contiguous()  # [in, out]: a column of the weight lies in one piece
-    rounded = torch.empty_like(rest)
+    rounded = torch.empty_like(rest, dtype=dtype)
     fixed = None if mask is None else mask[:, order].T.contiguous()
     scales, zeros = _spread(grids[0], precision) if static else (None, None)
     for start in range(0, columns, blocksize):
@@ -188,17 +189,18 @@ def gptq(
                 scales, zeros = _spread(grids[-1], precision)
             assert scales is not None
             end = min(first + STRIP, stop, columns if static else (first // size + 1) * size)
-            strip, local = rest[first:end], factored[first:end, first:end]
+            strip, local = rest[first:end], factored[first:end, first:end] / diagonal[first:end, None]
             values, slips, points = strip.unbind(), errors[begun : end - start].unbind(), rounded[first:end].unbind()
             for i, value in enumerate(values):
                 column = first + i
                 place = places[column] // size if static else 0
-                q = _nearest(value, scales[place], None if zeros is None else zeros[place], bits, dtype)
+                q = _nearest(value, scales[place], None if zeros is None else zeros[place], bits)
                 points[i].copy_(q if fixed is None else q.masked_fill_(fixed[column], 0.0))
-                torch.sub(value, q, out=slips[i]).div_(diagonal[column])
+                torch.sub(value, points[i], out=slips[i])
                 strip[i + 1 :].addr_(local[i, i + 1 :], slips[i], alpha=-1)
                 if slope is not None:
                     strip[i + 1 :].addr_(slope[column, column + 1 : end], value)
+            errors[begun : end - start].div_(diagonal[first:end, None])
             rest[end:stop].addmm_(factored[first:end, end:stop].T, errors[begun : end - start], alpha=-1)
             if slope is not None:
                 rest[end:stop].addmm_(slope[first:end, end:stop].T, strip)
@@ -207,7 +209,7 @@ def gptq(
         if slope is not None:
             rest[stop:].addmm_(slope[start:stop, stop:].T, block)
     back = torch.empty_like(alive)
-    back[:, order] = rounded.T
+    back[:, order] = rounded.T.to(precision)
     if static:
         (grid,) = grids
     else:
@@ -218,14 +220,12 @@ def gptq(
     return Solved(back.float(), grid, *row_errors(original, back, h), retries, dead)
 
 
-def _nearest(
-    value: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, bits: int, dtype: torch.dtype
-) -> torch.Tensor:
-    """The nearest points of a grid whose values are rounded to `dtype`; all [out] (or broadcast to it)."""
+def _nearest(value: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, bits: int) -> torch.Tensor:
+    """The nearest points of a grid, not yet rounded to its dtype; all [out] (or broadcast to it)."""
     low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
     q = (value / scale).round_()
     q = q.clamp_(low, high) if zero is None else q.add_(zero).clamp_(low, high).sub_(zero)
-    return q.mul_(scale).to(dtype).to(value.dtype)
+    return q.mul_(scale)
 
 
 def _spread(grid: Grid, precision: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -242,38 +242,46 @@ def _slope(drift: torch.Tensor, upper: torch.Tensor) -> torch.Tensor:
 def inverse_factor(h: torch.Tensor, damp: float) -> tuple[torch.Tensor | None, int]:
     """The upper Cholesky factor of the inverse of `h` with damping, [in, in], and how often damping was raised.
 
-    Float64; columns without input get a 1 on the diagonal. None if H never becomes positive definite. With the rows and
-    columns of H reversed, ``H = V V^T`` for an upper triangular V, and the factor is ``V^-1``.
+    Float64; columns without input get a 1 on the diagonal. None if H never becomes positive definite.
     """
     full = h.to(torch.float64, copy=True)
     diagonal = full.diagonal()
     diagonal[diagonal == 0] = 1.0
-    if not torch.isfinite(full).all():
-        return None, 0
     mean, plain = float(diagonal.mean()), diagonal.clone()
-    if mean <= 0:
+    if mean <= 0 or not bool(full.sum().isfinite()):
         return None, 0
     for retry in range(MOST_RETRIES + 1):
         diagonal.copy_(plain + damp * 10**retry * mean)
-        lower, info = torch.linalg.cholesky_ex(full.flip(0, 1))
-        if int(info) == 0:
-            upper = _inverse(lower.flip(0, 1))
-            if torch.isfinite(upper).all():
-                return upper, retry
+        upper = _inverse_root(full)
+        if upper is not None and bool(upper.sum().isfinite()):
+            return upper, retry
     return None, MOST_RETRIES
 
 
-def _inverse(upper: torch.Tensor) -> torch.Tensor:
-    """Of an upper triangular matrix, by halves, so that most of it is products and half of it is never looked at."""
-    size = len(upper)
-    if size <= 256:
-        one = torch.eye(size, dtype=upper.dtype, device=upper.device)
-        return torch.linalg.solve_triangular(upper, one, upper=True)
+def _inverse_root(h: torch.Tensor) -> torch.Tensor | None:
+    """The upper triangular U with ``U^T U = h^-1``, by halves, so that most of it is products; None: there is none.
+
+    ``h = V V^T`` with V upper triangular and ``U = V^-1``. By halves of V: what lies across is known as soon as the
+    right half is, and the left half is that of what is left of h.
+    """
+    size = len(h)
+    if size <= LEAF:
+        lower, info = torch.linalg.cholesky_ex(h.flip(0, 1))
+        if int(info):
+            return None
+        one = torch.eye(size, dtype=h.dtype, device=h.device)
+        return torch.linalg.solve_triangular(lower.flip(0, 1), one, upper=True)
     half = size // 2
-    left, right = _inverse(upper[:half, :half]), _inverse(upper[half:, half:])
-    found = torch.zeros_like(upper)
+    right = _inverse_root(h[half:, half:])
+    if right is None:
+        return None
+    across = h[:half, half:] @ right.T
+    left = _inverse_root(torch.addmm(h[:half, :half], across, across.T, alpha=-1))
+    if left is None:
+        return None
+    found = torch.zeros_like(h)
     found[:half, :half], found[half:, half:] = left, right
-    found[:half, half:] = (left @ upper[:half, half:] @ right).neg_()
+    found[:half, half:] = (left @ (across @ right)).neg_()
     return found
 
 

@@ -104,7 +104,7 @@ def _error(parts: torch.Tensor, grid: Grid, c: torch.Tensor) -> tuple[torch.Tens
     else:
         zero = grid.zero.float().unsqueeze(-1)
         q = q.clamp_(grid.low - zero, grid.high - zero)
-    return (parts - q * scale).square_().mul_(c).sum(-1), q
+    return torch.addcmul(parts, q, scale, value=-1).square_().mul_(c).sum(-1), q
 
 
 def _positive(scale: torch.Tensor) -> torch.Tensor:

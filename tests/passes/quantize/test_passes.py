@@ -306,7 +306,7 @@ def test_the_inputs_before_and_after_rounding_are_those_of_the_same_tokens() -> 
     from svlm.passes.quantize._drift import Drift, Twin
 
     view, where, data = fresh(), ("language",), batches()
-    untouched = fresh()
+    untouched, view.storage_dtype = fresh(), torch.float32  # by hand it is computed in float32 on every machine
     twin, walk = Twin(view, context(view), where), iter(Walk(view, data, where))
     unit = next(walk)
     for ref in unit.linears:
