@@ -32,6 +32,7 @@ BITS, GROUP, IMAGE_TOKEN = 4, 64, 49190
 OURS: dict[str, dict[str, Any]] = {
     "svlm": {},
     "svlm, lazy": {"lazy": True},
+    "svlm, uniform tokens, lazy": {"token_weights": "uniform", "lazy": True},
     "svlm, refine 0, uniform tokens, lazy": {"refine": 0, "token_weights": "uniform", "lazy": True},
 }
 PEERS = ("llmcompressor", "gptqmodel", "llmcompressor:bfloat16", "gptqmodel:bfloat16")

@@ -36,6 +36,8 @@ class Probe:
         tapped: blocks whose output something besides the successor reads, a token pass that reads the tower among it.
         owners: a tower, a decoder or the parent of a stack -> the units inside; only those that all calls go through,
             and no tower of which a token pass reads a block: it would not run.
+        relayed: blocks whose successor is called with what they return and otherwise with the very objects that they
+            were called with themselves.
         mutates: the model changes block outputs in place, so that memos must be copied.
 
     What is looked at is one sample of the first batch of each kind, or that batch whole where it cannot be taken apart.
@@ -63,6 +65,7 @@ class Probe:
         read = reduction.watch.reader.path if reduction is not None and reduction.watch is not None else ""
         self.owners = {owner: inside for owner, inside in self.owners.items() if not read.startswith(owner + ".")}
         self.tapped: set[str] = {path for path, after in self.successor.items() if after == read}
+        self.relayed = set(self.successor)
         self.readers: dict[str, set[str]] = {}
         self.mutates = False
         self._calls: dict[frozenset[str], dict[str, int]] = {}
@@ -117,9 +120,13 @@ class Probe:
         shapes: dict[str, list[Any]] = {path: [] for path in [*self.owners, *units]}
         lengths: dict[str, list[int | None]] = {path: [] for path in shapes}
         active: list[str] = []
+        last: tuple[str, Call, Any] = "", ((), {}), None  # block, how it was called, what it returned
 
         def follow(path: str, original: Callable[..., Any]) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
+                nonlocal last
+                if path in blocks and not (self.successor.get(last[0]) == path and relays(*last[1:], (args, kwargs))):
+                    self.relayed -= {before for before, after in self.successor.items() if after == path}
                 for owner in [o for o, inside in self.owners.items() if path in inside and o not in active]:
                     del self.owners[owner]
                 active.append(path)
@@ -127,6 +134,7 @@ class Probe:
                     out = original(*args, **kwargs)
                 finally:
                     active.remove(path)
+                last = (path, (args, kwargs), out) if path in blocks else last
                 lengths[path] += [_length(leaf) for leaf in tree_leaves(out)]
                 shapes[path].append(rewrapped(out) if path in units - blocks else hollow(out, 0.0))
                 return out
@@ -175,6 +183,25 @@ class Probe:
                 self.mutates = True
                 return True
         return leaked or has_nan(final if path in self.successor else final.logits)  # some hand on what the tower said
+
+
+def relays(call: Call, out: Any, after: Call) -> bool:
+    """Whether the call `after` is `call` with what it returned, `out`, in the place of its first argument."""
+    (args, kwargs), (later, options) = call, after
+    if not args or len(args) != len(later) or kwargs.keys() != options.keys() or later[0] is not hidden(out):
+        return False
+    return all(a is b for a, b in zip([*args[1:], *kwargs.values()], [*later[1:], *options.values()]))
+
+
+def relayed(calls: list[list[Call]], outs: list[list[Any]]) -> list[list[Call]]:
+    """How the successor is called where it is relayed what a block returned, by batch."""
+    pairs = [zip(batch, returned, strict=True) for batch, returned in zip(calls, outs, strict=True)]
+    return [[((hidden(out), *args[1:]), kwargs) for (args, kwargs), out in batch] for batch in pairs]
+
+
+def hidden(out: Any) -> Any:
+    """The hidden states among what a block returns: that itself, or the first of several."""
+    return out[0] if isinstance(out, (tuple, list)) and out else out
 
 
 def _length(leaf: Any) -> int | None:

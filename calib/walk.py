@@ -20,9 +20,9 @@ batch, so a mistake would be loud. A vision tower that is finished as a whole is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -37,119 +37,21 @@ from ..compress.runtime.seen import Kept, seen
 from ..compress.selectors import Where
 from .balance import Balance
 from .clock import Clock
-from .drift import drift
 from .narrow import narrow_dtype, narrowed, narrowing
-from .replay import Arrived, Call, Probe, catching, hollow, patched, recording, replaying, samples, swapped, watching
+from .replay import (
+    Arrived,
+    Call,
+    Probe,
+    catching,
+    hollow,
+    patched,
+    recording,
+    relayed,
+    replaying,
+)
 from .scratch import Scratch
-from .stats import Stat, TokenWeights, input_masks, modality_weights
-
-S = TypeVar("S", bound=Stat)
-
-
-class WalkUnit:
-    """One unit in the hands of a pass.
-
-    Attributes:
-        unit: the unit. name, part: the unit's.
-        linears: those of its linears that the walk selected. stages: the same by stage, in execution order.
-        notes: JSON values that the pass wants to keep; they survive a kill and are in `Walk.notes`.
-    """
-
-    def __init__(self, walk: Walk, unit: Unit, linears: Sequence[LinearRef], calls: list[list[Call]]) -> None:
-        self.unit, self.name, self.part = unit, unit.name, unit.part
-        self.linears = tuple(linears)
-        stages = (tuple(ref for ref in stage if ref in self.linears) for stage in unit.stages)
-        self.stages = tuple(stage for stage in stages if stage)
-        self.notes: dict[str, Json] = {}
-        self._walk, self._calls = walk, calls
-        self._drifts: list[torch.Tensor | None] | None = None  # by batch
-
-    def observe(
-        self,
-        stat_factory: Callable[[], S],
-        linears: Iterable[LinearRef] | None = None,
-        token_weights: TokenWeights = "balanced",
-    ) -> dict[LinearRef, S]:
-        """Statistics of the inputs of `linears` (default: all selected), with the unit as it now is.
-
-        Args:
-            stat_factory: makes an empty statistic, for instance the class `Hessian`.
-            linears: linears of this unit.
-            token_weights: see `stats.modality_weights`. All tokens in the vision tower and the connector weigh 1.
-                ``gradient`` measures the model and ``drift`` the unit at the first time it is asked for: ask before
-                changing weights.
-
-        Returns:
-            The statistic of each linear; linears that share an input share one.
-        """
-        chosen = self.linears if linears is None else tuple(linears)
-        leads: dict[int, LinearRef] = {}
-        for ref in chosen:
-            if ref.unit is not self.unit:
-                raise ValueError(f"{ref.path} is not in {self.name}")
-            leads.setdefault(ref.stage, ref)
-        stats = {stage: stat_factory() for stage in leads}
-        for index, calls in enumerate(self._calls):
-            weights = {stage: self._weights(index, ref, token_weights) for stage, ref in leads.items()}
-            kept = self._walk._kept_inside(index, self.unit)
-            apart = {ref for ref in leads.values() if kept and kept.apart(self.unit.module, ref.role)}
-            for args, kwargs in calls:
-                waiting = dict(leads)
-                watchers = {
-                    ref.module: watching(ref, stats[stage], weights[stage], waiting, self._walk._clock, ref in apart)
-                    for stage, ref in leads.items()
-                }
-                with patched(watchers):
-                    try:
-                        self._walk._run(self.unit, args, kwargs, narrow=True)
-                    except Arrived:
-                        continue
-                raise WorkFailed(
-                    "a linear was not called",
-                    where=self.name,
-                    found=", ".join(ref.path for ref in waiting.values()),
-                    change="correct the block's layout in the anatomy row, or list the linear under 'ignored'",
-                )
-        return {ref: stats[ref.stage] for ref in chosen}
-
-    def inputs(self) -> Iterator[Call]:
-        """The caught (args, kwargs) of the unit, batch after batch. Not copies: leave them as they are."""
-        for calls in self._calls:
-            yield from calls
-
-    def outputs(self) -> Iterator[Any]:
-        """What the unit, as it now is, returns for each of `inputs`."""
-        for args, kwargs in self.inputs():
-            yield self._walk._run(self.unit, args, kwargs)
-
-    def kept(self) -> Iterator[tuple[torch.Tensor, torch.Tensor] | None]:
-        """For each of `inputs` what token passes left of the unit's sequence (`Kept.whole`); None: all of it."""
-        kept = [self._walk._kept_inside(index, self.unit) for index in range(len(self._calls))]
-        return (k.whole if k else None for k, calls in zip(kept, self._calls) for _ in calls)
-
-    def run(self, call: Call, weights: Mapping[LinearRef, torch.Tensor]) -> Any:
-        """What the unit returns for `call` with other weights in its linears, with gradients where they are enabled."""
-        with swapped({ref.module: weight for ref, weight in weights.items()}):
-            return self._walk._run(self.unit, *call, gradients=torch.is_grad_enabled())
-
-    def rows(self, token_weights: TokenWeights = "balanced") -> Iterator[tuple[int, torch.Tensor | None]]:
-        """For each of `inputs` the samples in its batch, and the weights [batch, tokens] of the unit's tokens.
-
-        None: all 1. Tokens are those of what the unit returns: where it reads a second sequence, those of the first.
-        """
-        last = [ref for ref in self.unit.linears if ref.role not in ("cross.k", "cross.v")][-1]
-        for index, calls in enumerate(self._calls):
-            batch = self._walk.batches[index]
-            weights, kept = self._weights(index, last, token_weights), self._walk._kept_inside(index, self.unit)
-            if weights is not None and kept is not None:
-                weights = kept.returned(self.unit.module, weights)
-            yield from [(samples(batch), weights)] * len(calls)
-
-    def _weights(self, index: int, ref: LinearRef, mode: TokenWeights) -> torch.Tensor | None:
-        if mode == "drift" and self._drifts is None and self.unit.tokens != "image":
-            found = [[drift(call, self._walk._run(self.unit, *call)) for call in calls] for calls in self._calls]
-            self._drifts = [one[0] if len(one) == 1 else None for one in found]
-        return self._walk._weights(index, ref, mode, self._drifts[index] if self._drifts else None)
+from .stats import TokenWeights, input_masks, modality_weights
+from .walk_unit import WalkUnit
 
 
 class Walk:
@@ -220,9 +122,10 @@ class Walk:
                 self.notes[unit.name] = notes
                 self.progress.step(note=unit.name)
                 done += 1
-        for unit in units[done:]:
+        ready: list[list[Call]] = []  # how the next unit is called, where that is known
+        for unit, after in zip(units[done:], [*units[done + 1 :], None]):
             with self._clock.timing("forward"), narrowing(self._units, self._narrow):
-                calls = self._capture(unit)
+                calls = ready or self._capture(unit)
             current = WalkUnit(self, unit, self._selected[unit], calls)
             rounding = rounding_of(unit.module)
             with self._clock.timing("solve"):
@@ -231,11 +134,13 @@ class Walk:
             if self._scratch:
                 with self._clock.timing("write"):
                     self._scratch.save(unit, current.notes)
-            if unit is not units[-1]:
+            if after is not None:
                 now = rounding_of(unit.module)  # of a unit that is a linear itself: what was caught has met its hook
                 if now is not None and now is not rounding:
                     calls = [[((now.round(args[0]), *args[1:]), kwargs) for args, kwargs in batch] for batch in calls]
-                self._memos[unit.path] = [[self._run(unit, *call, narrow=True) for call in batch] for batch in calls]
+                outs = [[self._run(unit, *call, narrow=True) for call in batch] for batch in calls]
+                self._memos[unit.path] = outs
+                ready = relayed(calls, outs) if self._relays(unit, after) else []
                 self._forget()
             current._calls = calls = []
             self.progress.step(note=unit.name)
@@ -366,6 +271,12 @@ class Walk:
             change = "calibrate with images"
             raise WorkFailed("no sample reaches this part of the model", where=unit.name, change=change)
         return calls
+
+    def _relays(self, unit: Unit, after: Unit) -> bool:
+        """Whether a finished unit's outputs and its own arguments are all that `after` is called with."""
+        known, probe = not any(self._kept), self._probe
+        assert probe is not None
+        return known and not probe.mutates and unit.path in probe.relayed and probe.successor[unit.path] == after.path
 
     def _module(self, path: str) -> nn.Module:
         return self.view.model.get_submodule(path)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from svlm.calib.replay import relays
 from svlm.calib.stats import AbsMax, Hessian, MeanSquare, modality_weights
 from svlm.calib.walk import Walk
 from svlm.compress.anatomy import LinearRef, ModelView, view_of
@@ -299,6 +300,20 @@ def test_the_work_grows_with_the_units_not_with_their_square() -> None:
     last = counts.pop("language.blocks[2]")
     # the probe's one forward, and one run a batch after the body; observing stops before the last linear
     assert set(counts.values()) == {1 + BATCHES} and last <= 1 + BATCHES
+
+
+def test_a_block_hands_its_arguments_on_where_the_model_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model itself runs for the first block alone; how many blocks later it runs no more, and a mask is seen."""
+    runs = []
+    whole = Walk._forward
+    monkeypatch.setattr(Walk, "_forward", lambda self, batch: runs.append(1) or whole(self, batch))
+    data = batches("smolvlm")
+    after = [len(runs) for _ in Walk(view_of(zoo.model("smolvlm")), data, "language")]
+    assert len(after) == 3 and after[0] == after[-1]
+    x, y, mask = torch.ones(2), torch.ones(2), torch.ones(1)
+    assert relays(((x,), {"mask": mask}), (y, None), ((y,), {"mask": mask}))
+    for changed in (((y,), {"mask": mask.clone()}), ((y.clone(),), {"mask": mask}), ((y,), {}), ((), {"mask": mask})):
+        assert not relays(((x,), {"mask": mask}), (y, None), changed)
 
 
 def test_memory_is_let_go() -> None:

@@ -1,0 +1,126 @@
+"""One unit in the hands of a pass: statistics of its linears' inputs, what it is called with and what it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from ..compress.anatomy import LinearRef, Unit
+from ..compress.base import Json
+from ..compress.errors import WorkFailed
+from .drift import drift
+from .replay import Arrived, Call, patched, samples, swapped, watching
+from .stats import Stat, TokenWeights
+
+if TYPE_CHECKING:
+    from .walk import Walk
+
+S = TypeVar("S", bound=Stat)
+
+
+class WalkUnit:
+    """One unit in the hands of a pass.
+
+    Attributes:
+        unit: the unit. name, part: the unit's.
+        linears: those of its linears that the walk selected. stages: the same by stage, in execution order.
+        notes: JSON values that the pass wants to keep; they survive a kill and are in `Walk.notes`.
+    """
+
+    def __init__(self, walk: Walk, unit: Unit, linears: Sequence[LinearRef], calls: list[list[Call]]) -> None:
+        self.unit, self.name, self.part = unit, unit.name, unit.part
+        self.linears = tuple(linears)
+        stages = (tuple(ref for ref in stage if ref in self.linears) for stage in unit.stages)
+        self.stages = tuple(stage for stage in stages if stage)
+        self.notes: dict[str, Json] = {}
+        self._walk, self._calls = walk, calls
+        self._drifts: list[torch.Tensor | None] | None = None  # by batch
+
+    def observe(
+        self,
+        stat_factory: Callable[[], S],
+        linears: Iterable[LinearRef] | None = None,
+        token_weights: TokenWeights = "balanced",
+    ) -> dict[LinearRef, S]:
+        """Statistics of the inputs of `linears` (default: all selected), with the unit as it now is.
+
+        Args:
+            stat_factory: makes an empty statistic, for instance the class `Hessian`.
+            linears: linears of this unit.
+            token_weights: see `stats.modality_weights`. All tokens in the vision tower and the connector weigh 1.
+                ``gradient`` measures the model and ``drift`` the unit at the first time it is asked for: ask before
+                changing weights.
+
+        Returns:
+            The statistic of each linear; linears that share an input share one.
+        """
+        chosen = self.linears if linears is None else tuple(linears)
+        leads: dict[int, LinearRef] = {}
+        for ref in chosen:
+            if ref.unit is not self.unit:
+                raise ValueError(f"{ref.path} is not in {self.name}")
+            leads.setdefault(ref.stage, ref)
+        stats = {stage: stat_factory() for stage in leads}
+        for index, calls in enumerate(self._calls):
+            weights = {stage: self._weights(index, ref, token_weights) for stage, ref in leads.items()}
+            kept = self._walk._kept_inside(index, self.unit)
+            apart = {ref for ref in leads.values() if kept and kept.apart(self.unit.module, ref.role)}
+            for args, kwargs in calls:
+                waiting = dict(leads)
+                watchers = {
+                    ref.module: watching(ref, stats[stage], weights[stage], waiting, self._walk._clock, ref in apart)
+                    for stage, ref in leads.items()
+                }
+                with patched(watchers):
+                    try:
+                        self._walk._run(self.unit, args, kwargs, narrow=True)
+                    except Arrived:
+                        continue
+                raise WorkFailed(
+                    "a linear was not called",
+                    where=self.name,
+                    found=", ".join(ref.path for ref in waiting.values()),
+                    change="correct the block's layout in the anatomy row, or list the linear under 'ignored'",
+                )
+        return {ref: stats[ref.stage] for ref in chosen}
+
+    def inputs(self) -> Iterator[Call]:
+        """The caught (args, kwargs) of the unit, batch after batch. Not copies: leave them as they are."""
+        for calls in self._calls:
+            yield from calls
+
+    def outputs(self) -> Iterator[Any]:
+        """What the unit, as it now is, returns for each of `inputs`."""
+        for args, kwargs in self.inputs():
+            yield self._walk._run(self.unit, args, kwargs)
+
+    def kept(self) -> Iterator[tuple[torch.Tensor, torch.Tensor] | None]:
+        """For each of `inputs` what token passes left of the unit's sequence (`Kept.whole`); None: all of it."""
+        kept = [self._walk._kept_inside(index, self.unit) for index in range(len(self._calls))]
+        return (k.whole if k else None for k, calls in zip(kept, self._calls) for _ in calls)
+
+    def run(self, call: Call, weights: Mapping[LinearRef, torch.Tensor]) -> Any:
+        """What the unit returns for `call` with other weights in its linears, with gradients where they are enabled."""
+        with swapped({ref.module: weight for ref, weight in weights.items()}):
+            return self._walk._run(self.unit, *call, gradients=torch.is_grad_enabled())
+
+    def rows(self, token_weights: TokenWeights = "balanced") -> Iterator[tuple[int, torch.Tensor | None]]:
+        """For each of `inputs` the samples in its batch, and the weights [batch, tokens] of the unit's tokens.
+
+        None: all 1. Tokens are those of what the unit returns: where it reads a second sequence, those of the first.
+        """
+        last = [ref for ref in self.unit.linears if ref.role not in ("cross.k", "cross.v")][-1]
+        for index, calls in enumerate(self._calls):
+            batch = self._walk.batches[index]
+            weights, kept = self._weights(index, last, token_weights), self._walk._kept_inside(index, self.unit)
+            if weights is not None and kept is not None:
+                weights = kept.returned(self.unit.module, weights)
+            yield from [(samples(batch), weights)] * len(calls)
+
+    def _weights(self, index: int, ref: LinearRef, mode: TokenWeights) -> torch.Tensor | None:
+        if mode == "drift" and self._drifts is None and self.unit.tokens != "image":
+            found = [[drift(call, self._walk._run(self.unit, *call)) for call in calls] for calls in self._calls]
+            self._drifts = [one[0] if len(one) == 1 else None for one in found]
+        return self._walk._weights(index, ref, mode, self._drifts[index] if self._drifts else None)
