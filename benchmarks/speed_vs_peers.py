@@ -11,7 +11,8 @@ quantized, imports and loading included; the quantization alone is given beside 
 float32, or in bfloat16 as the checkpoint has it (NAME:bfloat16). The layer error is svlm's, for all alike:
 ``tr((W - Q) H (W - Q)^T) / tr(W H W^T)``, mean over linears, with the H of what the original model feeds each, all
 tokens alike. `BOUND` shows what no tool can go below: the same process that only sends the samples through the vision
-tower, once, with the model's own forward, which is stopped where the decoder begins. Results are kept in --json as they
+tower, once, with the model's own forward, which is stopped where the decoder begins; as svlm's calibration does it, in
+bfloat16 where the processor has matrix units. Results are kept in --json as they
 come, and not made again.
 """
 
@@ -145,6 +146,7 @@ def bound(folder: Path, o: argparse.Namespace) -> None:
     from safetensors.torch import save_file
 
     import svlm
+    from svlm.calib.narrow import narrow_dtype, narrowing
     from svlm.calib.replay import Arrived
     from svlm.compress.base import evaluating
 
@@ -154,7 +156,7 @@ def bound(folder: Path, o: argparse.Namespace) -> None:
     batches = read_batches(folder / "batches.safetensors", o.batch_size)
     view = svlm.load_view(folder / "model", lazy=True)
     view.decoder.register_forward_pre_hook(stop)
-    with clocked(), evaluating(view.model):
+    with clocked(), evaluating(view.model), narrowing(view.units, narrow_dtype(view)):
         for batch in batches:
             try:
                 view.model(**batch)

@@ -40,7 +40,7 @@ from torch.utils.checkpoint import checkpoint
 from ..compress.anatomy import LinearRef, ModelView, TokenMasks
 from ..compress.base import Json, evaluating
 from ..compress.errors import Unmet, WorkFailed
-from ..compress.mapped import release
+from ..compress.mapped import hand_back, release
 from ..compress.runtime.seen import seen, wants_labels
 from .narrow import narrow_dtype, narrowing
 from .replay import patched, pieces
@@ -309,6 +309,7 @@ def _backward(
             if loss.requires_grad:
                 loss.backward()
     let_go()
+    hand_back()
     return arrived, kept
 
 

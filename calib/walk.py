@@ -31,6 +31,7 @@ from torch.utils._pytree import tree_leaves
 from ..compress.anatomy import LinearRef, ModelView, Unit
 from ..compress.base import Json, Progress, Silent, evaluating
 from ..compress.errors import WorkFailed
+from ..compress.mapped import hand_back
 from ..compress.runtime.activations import installed as rounding_of
 from ..compress.runtime.rules import read_again
 from ..compress.runtime.seen import Kept, seen
@@ -126,6 +127,7 @@ class Walk:
         for unit, after in zip(units[done:], [*units[done + 1 :], None]):
             with self._clock.timing("forward"), narrowing(self._units, self._narrow):
                 calls = ready or self._capture(unit)
+            hand_back()
             current = WalkUnit(self, unit, self._selected[unit], calls)
             rounding = rounding_of(unit.module)
             with self._clock.timing("solve"):

@@ -9,13 +9,14 @@ comes from the system's file cache, or from the disk where memory is short. The 
 
 from __future__ import annotations
 
+import ctypes
 import math
 import mmap
 import sys
 import tempfile
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,12 @@ def release(tensor: torch.Tensor) -> None:
     place = _PLACES.get(tensor.data_ptr()) if mapped else None
     if place is not None and (file := place[0]()) is not None:
         file.madvise(mmap.MADV_DONTNEED, place[1], place[2])
+
+
+def hand_back() -> None:
+    """Give the system what is free: glibc keeps it, in pieces between what is in use, and the process only grows."""
+    with suppress(OSError, AttributeError, TypeError):  # another C library does as it likes
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def slabs(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
