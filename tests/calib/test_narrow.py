@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -62,6 +64,25 @@ def test_gradient_ratios_are_near_those_in_float32(with_matrix_unit: None) -> No
     wanted = measure(view, data).ratios
     for kind, ratios in wanted.items():
         assert here[kind] == pytest.approx(ratios, rel=0.05)
+
+
+def test_a_resumed_walk_sees_the_same_bits(tmp_path: Path, with_matrix_unit: None) -> None:
+    """In one go each block is handed what the one before it made; resumed, the model runs up to the first one left."""
+    data = [zoo.batch("smolvlm", samples=2, seed=0), zoo.batch("smolvlm", samples=3, seed=1)]
+
+    def visit(scratch: Path | None, most: int = 99) -> dict[str, torch.Tensor]:
+        seen = {}
+        for unit in islice(Walk(stored("smolvlm"), data, ["vision", "language"], scratch=scratch), most):
+            seen |= {ref.path: stat.mean for ref, stat in unit.observe(MeanSquare).items()}
+            for ref in unit.linears:
+                ref.module.weight.data.mul_(0.5)
+        return seen
+
+    wanted = visit(None)
+    for most in (2, 99):
+        found = visit(tmp_path, most)
+        assert all(torch.equal(mean, wanted[path]) for path, mean in found.items())
+    assert 0 < len(found) < len(wanted)
 
 
 def test_only_what_takes_statistics_multiplies_in_16_bits(with_matrix_unit: None) -> None:
