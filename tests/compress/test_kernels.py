@@ -267,7 +267,7 @@ def test_what_is_shown() -> None:
     forms = {"1": "int4", "8": "float32", "64": "float32", "512": "float32"}
     facts = {
         "machine": "m", "activations": "float32", "kinds": {"a": {"linears": 3, "us": us, "forms": forms}},
-        "dropped": {"int8": "off"}, "dense": {},
+        "dropped": {"int8": "off"}, "dense": {}, "stepwise": "",
     }  # fmt: skip
     titles, cells = rows(facts)
     assert titles == ["weight", "linears", "tokens", "float32", "int4"]
@@ -276,3 +276,4 @@ def test_what_is_shown() -> None:
     assert said[1] == "At 1 token the linears take 0.50 of the time of dequantized ones."
     assert said[2].startswith("At 8 tokens few bits do not pay on this machine")
     assert said[-1] == "Not used here: int8: off"
+    assert "transformers' own loop: why." in says(facts | {"stepwise": "why"})[-2]

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..grid import Grid, quantize
@@ -58,15 +58,19 @@ def _dense(dtype: torch.dtype) -> Callable[[Tensor, Tensor | None, Grid | None],
     return make
 
 
-def _half(weight: Tensor, bias: Tensor | None, grid: Grid | None) -> Run:
-    """FBGEMM: weights in float16, inputs, sums and outputs in float32. Packing clips what it is given, in place."""
-    packed = torch.ops.quantized.linear_prepack_fp16(weight.clone(), bias)
-    linear = torch.ops.quantized.linear_dynamic_fp16.default
+class Half(nn.Module):
+    """FBGEMM: weights in float16, inputs, sums and outputs in float32. Packing clips what it is given, in place.
 
-    def run(x: Tensor) -> Tensor:
-        return linear(x, packed) if x.dtype is torch.float32 else linear(x.float(), packed).to(x.dtype)
+    A module, because a trace takes an object that is no tensor from nowhere else.
+    """
 
-    return run
+    def __init__(self, weight: Tensor, bias: Tensor | None, grid: Grid | None) -> None:
+        super().__init__()
+        self.packed = torch.ops.quantized.linear_prepack_fp16(weight.clone(), bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        linear = torch.ops.quantized.linear_dynamic_fp16.default
+        return linear(x, self.packed) if x.dtype is torch.float32 else linear(x.float(), self.packed).to(x.dtype)
 
 
 # ----------------------------------------------------------------------------------------------------------- integers
@@ -166,7 +170,7 @@ KERNELS: dict[str, Kernel] = {
         Kernel("float32", "dequantized", 32, 1e-5, _everywhere, _dense(torch.float32)),
         Kernel("bfloat16", "dequantized, products in bfloat16", 16, 1e-2, _everywhere, _dense(torch.bfloat16)),
         Kernel(
-            "float16w", "weights in float16, products in float32 (FBGEMM)", 16, 1e-3, lambda s, g, d: d == "cpu", _half
+            "float16w", "weights in float16, products in float32 (FBGEMM)", 16, 1e-3, lambda s, g, d: d == "cpu", Half
         ),
         Kernel(
             "int4", "torch's 4-bit product, inputs in bfloat16", 4, 1e-2,

@@ -18,6 +18,7 @@ from ..codebook import Codebook
 from ..grid import Grid
 from .linear import KernelLinear
 from .measure import COUNTS, LIMITS, SWEPT, activations, choose, keep_times, kind, machine, measure, read_times
+from .step import Steps, obstacle
 from .table import KERNELS, check
 
 MEMORY = ("fast", "small")
@@ -38,7 +39,8 @@ def use_kernels(
 
     Returns:
         machine, activations, memory, kinds: {kind: {linears, us, forms}}, dropped: {kernel: why it is wrong or missing
-        here}, dense: {path of a linear that no chosen form can stand for: why}.
+        here}, dense: {path of a linear that no chosen form can stand for: why}, stepwise: why greedy answers take no
+        traced steps; empty where they do.
 
     Raises:
         UsageError: no such `memory`.
@@ -86,10 +88,13 @@ def use_kernels(
     view.model.to(dtype).requires_grad_(False)
     if measured:
         keep_times(file, kept)
+    stepwise = obstacle(view)
+    if not stepwise:
+        vars(view.model)["generate"] = Steps(view)
     dropped = {form: why for name in kinds for form, why in table[name]["dropped"].items()}
     return {
         "machine": machine(device.type), "activations": _name(dtype), "memory": memory, "kinds": kinds,
-        "dropped": dropped, "dense": dense,
+        "dropped": dropped, "dense": dense, "stepwise": stepwise,
     }  # fmt: skip
 
 
@@ -146,6 +151,8 @@ def says(facts: Mapping[str, Any]) -> list[str]:
             else f"At {words} few bits do not pay on this machine: the linears run in 16 or 32 bits, "
             f"in {share:.2f} of the time of dequantized ones."
         )
+    if facts["stepwise"]:
+        said.append(f"All tokens are made by transformers' own loop: {facts['stepwise']}.")
     said += [f"Not used here: {name}: {why}" for name, why in facts["dropped"].items()]
     reasons: dict[str, list[str]] = {}
     for path, why in facts["dense"].items():
