@@ -100,7 +100,7 @@ def interleaved(contestants: list[Contestant], tokens: int, rounds: int) -> dict
     with torch.no_grad():
         for number in range(rounds + 1):
             for c in contestants:
-                row = one_round(c, tokens if number else 2)
+                row = one_round(c, tokens if number else 4)  # enough for the torch runtime to trace a step
                 if number:  # the first warms up
                     kept[c.name].append(row)
     return {name: medians(rows) for name, rows in kept.items()}

@@ -19,6 +19,7 @@ from svlm.compress.base import Context
 from svlm.compress.errors import UsageError
 from svlm.compress.runtime.activations import Activation, install, remove
 from svlm.compress.runtime.grid import dequantize, quantize
+from svlm.compress.runtime.openvino import build
 from svlm.compress.runtime.openvino.build import _settings, integers_exact, load_openvino
 from svlm.compress.runtime.openvino.convert import Rows, convert_part
 from svlm.passes.quantize._rtn import absmax_grid
@@ -37,6 +38,17 @@ def four_bits(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     yield folder
 
 
+@pytest.fixture
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs in float32 on every processor, where their values are compared with torch's."""
+    real = build._settings
+
+    def float32(name: str, counts: Any, threads: int, native: bool, exact: bool | None) -> dict[str, Any]:
+        return real(name, counts, threads, False, exact)
+
+    monkeypatch.setattr(build, "_settings", float32)
+
+
 def test_the_demo_model_answers_as_in_torch(four_bits: Path) -> None:
     reference = svlm.load_view(four_bits)
     data = CalibrationSet.load("demo", fit=16, check=16)
@@ -51,13 +63,15 @@ def test_the_demo_model_answers_as_in_torch(four_bits: Path) -> None:
     with torch.no_grad():
         wanted = reference.model.generate(**prompts, max_new_tokens=8, do_sample=False)
         logits, real = reference.model(**full).logits, full["attention_mask"].bool()
-    assert torch.equal(model.generate(**prompts, max_new_tokens=8), wanted)
+    answers = model.generate(**prompts, max_new_tokens=8)
+    close = 0.9 if "bf16" in str(model.notes["settings"]) else 1.0  # bfloat16 may decide a close call otherwise
+    assert (answers == wanted).all(1).float().mean() >= close
     found = model(**full).logits
     assert float((found - logits)[real].abs().mean()) < 0.01 * float(logits[real].abs().mean())
 
     again = svlm.load(four_bits, runtime="openvino", threads=1)
     assert not again.notes["rebuilt"]
-    assert torch.equal(again.generate(**prompts, max_new_tokens=8), wanted)
+    assert torch.equal(again.generate(**prompts, max_new_tokens=8), answers)
     manifest = four_bits / ".svlm" / "openvino" / "manifest.json"
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"key": "of other weights"}))
     assert svlm.load(four_bits, runtime="openvino", threads=1).notes["rebuilt"]
@@ -68,7 +82,7 @@ def test_the_demo_model_answers_as_in_torch(four_bits: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["smolvlm", "gemma3"])
-def test_families_answer_as_in_torch(family: str) -> None:
+def test_families_answer_as_in_torch(family: str, wide: None) -> None:
     """Padding on the left, two kinds of masks, a tower with masks of its own."""
     batch: dict[str, Any] = zoo.batch(family)
     batch.pop("labels")
@@ -114,7 +128,7 @@ def test_rounded_inputs_are_rounded_in_the_graph(activation: Activation) -> None
     assert "FullyConnected" in kinds
 
 
-def test_a_tower_with_calibrated_inputs_and_a_connector_that_is_one_linear() -> None:
+def test_a_tower_with_calibrated_inputs_and_a_connector_that_is_one_linear(wide: None) -> None:
     family = "smolvlm"
     batch: dict[str, Any] = zoo.batch(family)
     view, again = view_of(zoo.model(family)), view_of(zoo.model(family))
@@ -138,7 +152,7 @@ def test_a_tower_with_calibrated_inputs_and_a_connector_that_is_one_linear() -> 
     assert float((found - logits)[real].abs().mean()) < 0.3 * float((plain - logits)[real].abs().mean())
 
 
-def test_a_tower_that_merges_tokens_runs_as_in_torch(tmp_path: Path) -> None:
+def test_a_tower_that_merges_tokens_runs_as_in_torch(tmp_path: Path, wide: None) -> None:
     view = svlm.load_view("demo")
     full = Encoder(view.processor).encode(CalibrationSet.load("demo", fit=4, check=4).check)
     full.pop("labels")

@@ -23,7 +23,7 @@ from .constants import Counts
 from .convert import EMBEDDING, HEAD, LANGUAGE, Image, Rows, Seen, convert_decoder, convert_part, fix_shapes, observe
 from .model import Graph, LanguageState, OpenVINOModel, mask_kinds
 
-FORMAT = 2  # of what is kept on disk; another number is made anew
+FORMAT = 3  # of what is kept on disk; another number is made anew
 MANIFEST = "manifest.json"
 
 

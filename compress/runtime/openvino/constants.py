@@ -31,6 +31,7 @@ class Packed:
         data: the integers; two in a byte, low nibble first, for 4 bits. shape: [out, groups, in / groups].
         scale: float16 where that is exact, else float32, [out, groups, 1].
         zero: the same dense bytes as `data`, of the integers [out, groups, 1]; None where symmetric.
+        weights: of how many linears it is the weight.
     """
 
     kind: str
@@ -38,6 +39,7 @@ class Packed:
     shape: tuple[int, int, int]
     scale: np.ndarray
     zero: np.ndarray | None = None
+    weights: int = 1
 
 
 def nibbles(q: np.ndarray) -> np.ndarray:
@@ -108,11 +110,11 @@ def compress_constants(model: Any, packed: Mapping[str, Packed], stored: torch.d
         if node.get_type_name() != "Constant":
             continue
         name = node.get_friendly_name()
-        mine = next((key for key in left if name in (key, f"self.{key}")), None)
+        mine = key_of(node, left)
         if mine is not None:
             _replace(node, _decompress(left.pop(mine), name, node))
             kind = packed[mine].kind
-            counts.integers[kind] = counts.integers.get(kind, 0) + 1
+            counts.integers[kind] = counts.integers.get(kind, 0) + packed[mine].weights
         elif node.get_element_type().get_type_name() == "f32" and node.data.size >= SMALL:
             if _narrow(node, stored):
                 counts.stored += 1
@@ -120,6 +122,13 @@ def compress_constants(model: Any, packed: Mapping[str, Packed], stored: torch.d
                 counts.wide += 1
     counts.missed = sorted(left)
     return counts
+
+
+def key_of(node: Any, packed: Mapping[str, Packed]) -> str | None:
+    """The key in `packed` of the weight that a node of a traced graph is; None where it is none of them."""
+    name = node.get_friendly_name()
+    known = (name, name.removeprefix("self."))
+    return next((key for key in known if key in packed), None) if node.get_type_name() == "Constant" else None
 
 
 def _replace(node: Any, new: Any) -> None:

@@ -22,6 +22,7 @@ from ..activations import installed
 from ..codebook import integer_grids
 from ..rules import blocks_of, rule_of
 from .constants import Counts, compress_constants, pack_constants
+from .joined import join_products
 
 MASKED = -1e9  # added to scores of tokens that must not be seen; finite, so that a row that sees nothing is no NaN
 KNOWN = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "cache_position")
@@ -262,8 +263,13 @@ class Decoder(nn.Module):
 # ------------------------------------------------------------------------------------------------------ the conversion
 
 
-def convert_part(view: ModelView, module: nn.Module, path: str, example: tuple[Tensor, ...]) -> tuple[Any, Counts]:
+def convert_part(
+    view: ModelView, module: nn.Module, path: str, example: tuple[Tensor, ...], *, join: bool = False
+) -> tuple[Any, Counts]:
     """Convert a wrapper whose `inner` is the module at `path`, with svlm's integers put in.
+
+    Args:
+        join: make products of the same input one, which pays where there is one token at a time.
 
     Raises:
         WorkFailed: OpenVINO's converter fails, or a weight that lies on a grid ended up as floats.
@@ -288,6 +294,8 @@ def convert_part(view: ModelView, module: nn.Module, path: str, example: tuple[T
     mine = {p: p.removeprefix(prefix) if p != path else "" for p in grids if p == path or p.startswith(prefix)}
     names = {p: f"inner.{rest}.weight".replace("..", ".") for p, rest in mine.items()}
     packed = {name: pack_constants(view.weight(p).detach(), grids[p]) for p, name in names.items()}
+    if join:
+        packed = join_products(graph, packed)
     counts = compress_constants(graph, packed, view.storage_dtype)
     counts.static = sum(node.get_type_name() == "FakeQuantize" for node in graph.get_ops())
     kinds = {p: activation.kind for p, activation in view.activations.items() if p in names}
@@ -366,7 +374,7 @@ def convert_decoder(view: ModelView, embeds: Tensor, positions: Tensor, kinds: t
         cached = wrapper(embeds[:, :past], positions[..., :past], *first)[1:]
         then = [torch.full((rows, 1, new, past + new), MASKED).triu(past + 1)] * masks
         example = (embeds[:, past : past + new], positions[..., past : past + new], *then, *cached)
-    graph, counts = convert_part(view, wrapper, view.decoder_path, tuple(t.contiguous() for t in example))
+    graph, counts = convert_part(view, wrapper, view.decoder_path, tuple(t.contiguous() for t in example), join=True)
     lead = list(positions.shape[:-2])
     shapes = [[-1, -1, embeds.shape[2]], [*lead, -1, -1]] + [[-1, 1, -1, -1]] * masks
     shapes += [[-1, t.shape[1], -1, t.shape[3]] for t in cached]

@@ -11,14 +11,10 @@ from torch import Tensor, nn
 
 from ...anatomy import ModelView
 from ...errors import UsageError
+from ..greedy import GREEDY, NEUTRAL, READ, Wish, answer
 from .convert import EMBEDDING, HEAD, MASKED, Call
 
-GREEDY = {"do_sample": (False, None), "num_beams": (1, None), "num_return_sequences": (1, None)}
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "repetition_penalty": (1.0, None), "no_repeat_ngram_size": (0, None), "min_new_tokens": (0, None),
-    "return_dict_in_generate": (False, None),
-}  # fmt: skip
-TAKEN = {"max_new_tokens", "eos_token_id", "pad_token_id", *GREEDY, *NEUTRAL}
+TAKEN = READ | set(GREEDY) | set(NEUTRAL)
 
 
 class Graph:
@@ -28,10 +24,17 @@ class Graph:
         self.compiled = compiled
         self.request = compiled.create_infer_request()
         self.shapes = [tuple(port.get_partial_shape()) for port in compiled.inputs]
+        self.held: list[Any] = []
 
     def run(self, *inputs: np.ndarray) -> list[np.ndarray]:
-        found = self.request.infer(dict(enumerate(inputs)), share_inputs=True, share_outputs=True)
-        return list(found.values())
+        """Arrays are read where they are wherever openvino can, which asks little of Python at each token."""
+        from openvino import Tensor as Shared
+
+        self.held = [Shared(np.require(values, requirements="CW"), shared_memory=True) for values in inputs]
+        for port, tensor in enumerate(self.held):
+            self.request.set_input_tensor(port, tensor)
+        self.request.infer()
+        return [self.request.get_output_tensor(port).data for port in range(len(self.compiled.outputs))]
 
 
 def array(tensor: Tensor) -> np.ndarray:
@@ -232,19 +235,13 @@ class OpenVINOModel:
                     change="svlm.load(OUT) generates in torch with every setting of transformers",
                 )
         limit = max_new_tokens or self.generation_config.max_new_tokens or 20
-        ends = settings.get("eos_token_id", self.generation_config.eos_token_id)
-        ends = np.array([] if ends is None else ends, dtype=np.int64).reshape(-1)
-        pad = settings.get("pad_token_id", self.generation_config.pad_token_id)
+        ends, pad = (settings.get(k, getattr(self.generation_config, k)) for k in ("eos_token_id", "pad_token_id"))
         prompt = self.skeleton.generate(**inputs, max_new_tokens=1, do_sample=False)
-        tokens = [prompt[:, -1].numpy()]
-        done = np.isin(tokens[0], ends)
-        filler = int(pad if pad is not None else (ends[0] if len(ends) else 0))
         embedding, head = self.graphs[EMBEDDING], self.graphs[HEAD]
-        while len(tokens) < limit and not done.all():
-            embeds = embedding.run(tokens[-1][:, None])[0]
-            logits = head.run(self.language.step(embeds))[0]
-            new = logits[:, -1].argmax(-1)
-            new = np.where(done, filler, new).astype(np.int64)
-            done = done | np.isin(new, ends)
-            tokens.append(new)
-        return torch.cat([prompt[:, :-1], torch.from_numpy(np.stack(tokens, 1))], 1)
+
+        def step(last: np.ndarray) -> np.ndarray:
+            hidden = self.language.step(embedding.run(last[:, None])[0])
+            return head.run(hidden)[0][:, -1].argmax(-1)
+
+        tokens = answer(prompt[:, -1].numpy(), step, Wish.of(limit, ends, pad))
+        return torch.cat([prompt[:, :-1], torch.from_numpy(tokens)], 1)
