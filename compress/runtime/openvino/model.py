@@ -30,7 +30,7 @@ class Graph:
         """Arrays are read where they are wherever openvino can, which asks little of Python at each token."""
         from openvino import Tensor as Shared
 
-        self.held = [Shared(np.require(values, requirements="CW"), shared_memory=True) for values in inputs]
+        self.held = [Shared(np.require(values, requirements=("C", "W")), shared_memory=True) for values in inputs]
         for port, tensor in enumerate(self.held):
             self.request.set_input_tensor(port, tensor)
         self.request.infer()
