@@ -10,12 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
-GREEDY: dict[str, tuple[Any, ...]] = {
-    "do_sample": (False, None), "num_beams": (1, None), "num_return_sequences": (1, None),
-}  # fmt: skip
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "repetition_penalty": (1.0, None), "no_repeat_ngram_size": (0, None), "min_new_tokens": (0, None),
-    "return_dict_in_generate": (False, None),
+# what asks for nothing, where that is neither None nor False (0 would be a value like any other of most settings)
+NEUTRAL: dict[str, float] = {
+    "num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
+    "min_new_tokens": 0, "min_length": 0, "use_cache": True,
 }  # fmt: skip
 READ = {"max_new_tokens", "eos_token_id", "pad_token_id"}
 # settings without a say in a greedy answer whose length is given
@@ -53,6 +51,25 @@ def answer(first: np.ndarray, step: Callable[[np.ndarray], np.ndarray], wish: Wi
     return np.stack(tokens, 1)
 
 
+def beyond(model: Any, asked: Mapping[str, Any]) -> tuple[str, Any] | None:
+    """The first setting, of a call of `generate` or of the model's generation config, that a greedy answer lacks, with
+    its value; None where there is none.
+
+    Args:
+        asked: the call's keyword arguments; what goes into the model's forward is none of them.
+    """
+    from transformers.generation import GenerationMixin
+
+    config = model.generation_config
+    settings = config.to_diff_dict() | {k: v for k, v in asked.items() if k in config.to_dict()}
+    for key, value in settings.items():
+        neutral = value is None or (value == NEUTRAL[key] if key in NEUTRAL else value is False)
+        if not neutral and key not in READ | IDLE:
+            return key, value
+    own = (k for k in inspect.signature(GenerationMixin.generate).parameters if asked.get(k) is not None)
+    return next(((key, asked[key]) for key in own), None)
+
+
 def plain_wish(model: Any, asked: Mapping[str, Any]) -> Wish | None:
     """What a call of transformers' `generate` asks for, if that is a greedy answer to one prompt and nothing besides.
 
@@ -60,22 +77,16 @@ def plain_wish(model: Any, asked: Mapping[str, Any]) -> Wish | None:
         asked: the call's keyword arguments.
 
     Returns:
-        None where a setting, of the call or of the model's generation config, is none of those above; where the number
-        of new tokens is not said; where there are several prompts, padding, or no `input_ids`.
+        None where a setting is `beyond` that; where the number of new tokens is not said; where there are several
+        prompts, padding, or no `input_ids`.
     """
-    from transformers.generation import GenerationMixin
-
     config = model.generation_config
-    settings = config.to_diff_dict() | {k: v for k, v in asked.items() if k in config.to_dict()}
-    neutral = GREEDY | NEUTRAL | {"use_cache": (True, None)}
-    if any(v not in neutral.get(k, (None, False, 0)) for k, v in settings.items() if k not in READ | IDLE):
-        return None
-    if any(asked.get(k) is not None for k in inspect.signature(GenerationMixin.generate).parameters):
+    if beyond(model, asked):
         return None
     ids, mask = asked.get("input_ids"), asked.get("attention_mask")
     if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or len(ids) != 1 or asked.get("past_key_values") is not None:
         return None
     if mask is not None and (mask.shape != ids.shape or not bool(mask.all())):
         return None
-    limit = settings.get("max_new_tokens")
-    return Wish.of(limit, settings.get("eos_token_id"), settings.get("pad_token_id")) if limit else None
+    limit, ends, pad = (asked.get(k, getattr(config, k)) for k in ("max_new_tokens", "eos_token_id", "pad_token_id"))
+    return Wish.of(limit, ends, pad) if limit else None

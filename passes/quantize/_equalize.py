@@ -2,11 +2,12 @@
 
 The weights of a group share a scale, which its largest one sets. Where the columns of a group differ in size, as where
 a norm or an `up` projection lets some channels become far larger than others and the weights behind make up for it, the
-small columns are left with few of the levels. The sizes can be moved to what writes the channels (`_fold`), exactly and
-without data. With ``c_j`` what an error in column j costs and ``s_j`` its new scale, rounding costs about
-``sum_rows range(w s)^2 sum_j c_j / s_j^2``; where a range grows as the root mean square does, the least is at ``s_j^4 =
-c_j / rms_j^2``, and where the largest column sets it, at ``s_j = 1 / rms_j``. The exponent `POWER` lies between; c, to
-the small power that it then gets, changes next to nothing, so that no data is asked for.
+small columns are left with few of the levels. The sizes can be moved to what writes the channels (`_fold`), without
+data and exactly but for the rounding of norms' biases. With ``c_j`` what an error in column j costs and ``s_j`` its new
+scale, rounding costs about ``sum_rows range(w s)^2 sum_j c_j / s_j^2``; where a range grows as the root mean square
+does, the least is at ``s_j^4 = c_j / rms_j^2``, and where the largest column sets it, at ``s_j = 1 / rms_j``. The
+exponent `POWER` lies between; c, to the small power that it then gets, changes next to nothing, so that no data is
+asked for.
 """
 
 from __future__ import annotations

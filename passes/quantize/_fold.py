@@ -78,7 +78,8 @@ def fold(view: ModelView, pair: Pair, scale: torch.Tensor) -> torch.Tensor:
     """Divide the writer's channels by `scale` [channels] and multiply the readers' columns.
 
     A norm's new weight is rounded to the dtype that it is saved in before the readers are scaled by what it became, so
-    that saving does not change the function; a channel whose gain that rounding would lose keeps it.
+    that saving does not change the function; a channel whose gain that rounding would lose keeps it. A bias is rounded
+    to that dtype as well, which is all that changes.
 
     Returns:
         The scale that was moved, [channels].
@@ -97,7 +98,7 @@ def fold(view: ModelView, pair: Pair, scale: torch.Tensor) -> torch.Tensor:
             writer.weight.copy_(torch.where(old + offset == 0, old, new))
         bias = writer.bias if isinstance(getattr(writer, "bias", None), nn.Parameter) else None
         if isinstance(bias, nn.Parameter):
-            bias.div_(scale.to(bias))
+            bias.copy_((bias / scale.to(bias)).to(view.storage_dtype))
         for ref in pair.targets:
             ref.module.weight.mul_(scale.repeat(ref.module.in_features // len(scale)).to(ref.module.weight))
         if pair.matrix is not None:

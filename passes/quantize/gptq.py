@@ -51,8 +51,8 @@ class GPTQ(Pass):
             token by MBQ's ratio of gradients, r of its block's attention or MLP, where text weighs 1; ``balanced``
             (half each), ``uniform`` or ``text``. In the vision tower and the connector every token counts the same.
         equalize: before anything else bring the input channels behind each norm, and behind the `up` of a gated MLP, to
-            sizes near each other, by scales that move into what writes them: exact, without data, and groups then hold
-            columns that one scale fits.
+            sizes near each other, by scales that move into what writes them: without data, exact but for the rounding
+            of the norms' biases, and groups then hold columns that one scale fits.
         scale_search: choose each scale, of either sign, by the least error weighted by what an error in the column
             costs after compensation (1 / U_ii^2), not by the largest weight.
         refine: rounds that follow GPTQ, each new scales by least squares and a sweep over the integers in which every

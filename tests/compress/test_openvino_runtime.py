@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -75,10 +76,20 @@ def test_the_demo_model_answers_as_in_torch(four_bits: Path) -> None:
     manifest = four_bits / ".svlm" / "openvino" / "manifest.json"
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"key": "of other weights"}))
     assert svlm.load(four_bits, runtime="openvino", threads=1).notes["rebuilt"]
-    with pytest.raises(UsageError, match="greedily"):
-        again.generate(**prompts, do_sample=True)
-    with pytest.raises(UsageError, match="greedily"):
-        again.generate(**prompts, return_dict_in_generate=True)
+    for setting in (
+        {"do_sample": True}, {"return_dict_in_generate": True}, {"suppress_tokens": [2]}, {"bad_words_ids": [[2]]},
+        {"stopping_criteria": [lambda *_: True]}, {"min_length": 99}, {"max_time": 0.0}, {"streamer": print},
+    ):  # fmt: skip
+        with pytest.raises(UsageError, match="greedily"):
+            again.generate(**prompts, **setting)
+    for none in (0, -2):
+        with pytest.raises(UsageError, match="no new token"):
+            again.generate(**prompts, max_new_tokens=none)
+    ids, rest = prompts["input_ids"], {k: v for k, v in prompts.items() if k != "input_ids"}
+    assert torch.equal(again.generate(ids, **rest, max_length=ids.shape[1] + 8, use_cache=False), answers)
+    with ThreadPoolExecutor(2) as pool:  # they take turns
+        found = list(pool.map(lambda _: again.generate(**prompts, max_new_tokens=8), range(4)))
+    assert all(torch.equal(made, answers) for made in found)
 
 
 @pytest.mark.parametrize("family", ["smolvlm", "gemma3"])

@@ -91,6 +91,7 @@ def test_a_prompt_of_another_length_and_kind() -> None:
         {"repetition_penalty": 1.5}, {"no_repeat_ngram_size": 2}, {"return_dict_in_generate": True},
         {"logits_processor": [lambda ids, scores: scores]}, {"use_cache": False}, {"min_new_tokens": 3},
         {"suppress_tokens": [7]}, {"cache_implementation": "static"}, {"generation_config": "its own"},
+        {"forced_eos_token_id": 0}, {"max_time": 0.0}, {"num_beams": 0},
     ],
 )  # fmt: skip
 def test_other_settings_are_left_to_transformers(setting: dict[str, Any]) -> None:
@@ -126,6 +127,54 @@ def test_a_step_that_comes_to_other_logits_is_refused(monkeypatch: pytest.Monkey
     assert torch.equal(view.model.generate(**batch, **asked), wanted)
     assert "off by" in steps.refused and not steps.proven
     assert torch.equal(view.model.generate(**batch, **asked), wanted)
+
+
+def test_a_step_that_cannot_be_traced_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    view, batch, steps = stepping("llava")
+    asked: dict[str, Any] = {"max_new_tokens": 8, "eos_token_id": -1, "pad_token_id": 0}
+    wanted = own(view.model, **batch, **asked)
+
+    def fail(*_: Any) -> Any:
+        raise ValueError("no trace of this")
+
+    monkeypatch.setattr(Step, "forward", fail)
+    for _ in range(2):
+        assert torch.equal(view.model.generate(**batch, **asked), wanted)
+    assert "cannot be traced: no trace of this" in steps.refused
+    assert view.decoder.config._attn_implementation == "sdpa"
+
+
+def test_inside_autocast_transformers_makes_all_tokens() -> None:
+    view, batch, steps = stepping("smolvlm")
+    asked: dict[str, Any] = {"max_new_tokens": 8, "eos_token_id": -1, "pad_token_id": 0}
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(view.model.generate(**batch, **asked), own(view.model, **batch, **asked))
+    assert not steps.proven and not steps.refused
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_frequencies_that_change_with_the_length_are_not_traced(kind: str) -> None:
+    view = view_of(zoo.model("llava"))
+    view.decoder.config.rope_parameters = {"rope_type": kind, "factor": 4.0, "rope_theta": 1e4}
+    assert kind in obstacle(view)
+    view.decoder.config.rope_parameters = {"full_attention": {"rope_type": kind}, "sliding": {"rope_type": "default"}}
+    assert kind in obstacle(view), "by kind of layer"
+    view.decoder.config.rope_parameters = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}
+    assert not obstacle(view)
+
+
+def test_threads_take_turns() -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    view, batch, _ = stepping("llava")
+    both = zoo.batch("llava", samples=2)
+    both.pop("labels")
+    asked: dict[str, Any] = {"max_new_tokens": 8, "eos_token_id": -1, "pad_token_id": 0}
+    wanted = [own(view.model, **given, **asked) for given in (batch, both)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda i: view.model.generate(**(batch, both)[i % 2], **asked), range(8)))
+    assert all(torch.equal(answer_, wanted[i % 2]) for i, answer_ in enumerate(found))
+    assert view.decoder.config._attn_implementation == "sdpa"
 
 
 def test_a_model_that_a_pass_works_on_keeps_transformers_loop() -> None:

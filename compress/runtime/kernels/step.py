@@ -10,6 +10,7 @@ A trace is not trusted: the first answer is begun by transformers, and the step 
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -87,10 +88,26 @@ def obstacle(view: ModelView) -> str:
         return "its decoder is not called as others are"
     if getattr(decoder.config, "_attn_implementation", None) != "sdpa":
         return "its attention is not torch's"
+    if rope := growing(decoder.config.to_dict().get("rope_parameters")):
+        return f"the frequencies of its positions change with their number ({rope})"
     if next(model.parameters()).device.type != "cpu":
         return "it does not run on the CPU"
     hooks = [h for m in decoder.modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
     return "a pass works on its blocks" if not all(isinstance(owner(h), Activation) for h in hooks) else ""
+
+
+def growing(rope: Any) -> str:
+    """The kind of rotary embedding, of those that look at how long the sequence is; empty where there is none.
+
+    A trace would hold what they did for the length that was traced.
+
+    Args:
+        rope: a config's `rope_parameters`, which may be apart by kind of layer.
+    """
+    parts = rope.values() if isinstance(rope, dict) else ()
+    found = rope.get("rope_type", "") if isinstance(rope, dict) else ""
+    kind = found if "dynamic" in str(found) or found == "longrope" else ""
+    return kind or next(filter(None, map(growing, parts)), "")
 
 
 class Steps:
@@ -106,13 +123,17 @@ class Steps:
         self.model, self.decoder, self.step = view.model, view.decoder, Step(view).eval()
         self.traced: dict[tuple[int, ...], Callable[..., Tensor]] = {}  # by the leading sizes of position ids
         self.proven: set[tuple[str, ...]] = set()  # by what was given with a prompt
-        self.refused = ""
+        self.refused, self.turn = "", threading.RLock()
 
-    @torch.no_grad()
     def __call__(self, *args: Any, **asked: Any) -> Any:
-        """`generate` of transformers."""
+        """`generate` of transformers. Threads take turns: a trace sets the attention of the whole model aside."""
+        with self.turn, torch.no_grad():
+            return self._generate(*args, **asked)
+
+    def _generate(self, *args: Any, **asked: Any) -> Any:
         own = type(self.model).generate
-        wish = None if args or self.refused else plain_wish(self.model, asked)
+        outside = bool(args or self.refused) or torch.is_autocast_enabled("cpu")  # dtypes would not be those traced
+        wish = None if outside else plain_wish(self.model, asked)
         if wish is None:
             return own(self.model, *args, **asked)
         given = tuple(sorted(name for name, value in asked.items() if isinstance(value, Tensor)))
@@ -136,6 +157,8 @@ class Steps:
             return own(self.model, **asked)
         state = Rolling(held, where, wish.limit)
         self._trace(state, new[:, :1])
+        if self.refused:
+            return own(self.model, **asked)
         if not proven:
             step = state.over(self.traced[state.lead])
             found = [step(token[None, None]) for token in new[0, :-1]]
@@ -165,12 +188,18 @@ class Steps:
             handle.remove()
 
     def _trace(self, state: Rolling, token: Tensor) -> None:
-        if state.lead not in self.traced:
-            with unmasked(self.decoder.config), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # constants of one token are as they should be; tracing is "deprecated"
+        """Trace the step for positions of this kind, where that is not done yet; or say in `refused` why it fails."""
+        if state.lead in self.traced:
+            return
+        with unmasked(self.decoder.config), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # constants of one token are as they should be; tracing is "deprecated"
+            try:
                 self.traced[state.lead] = torch.jit.trace(
                     self.step, state.arguments(token), check_trace=False, strict=False
                 )
+            except Exception as error:  # whatever the model's own code raises under a trace
+                said = str(error).strip().splitlines() or [type(error).__name__]
+                self.refused = f"a step cannot be traced: {said[0][:200]}"
 
 
 class Rolling:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,10 +12,8 @@ from torch import Tensor, nn
 
 from ...anatomy import ModelView
 from ...errors import UsageError
-from ..greedy import GREEDY, NEUTRAL, READ, Wish, answer
+from ..greedy import Wish, answer, beyond
 from .convert import EMBEDDING, HEAD, MASKED, Call
-
-TAKEN = READ | set(GREEDY) | set(NEUTRAL)
 
 
 class Graph:
@@ -165,6 +164,7 @@ class OpenVINOModel:
         self.config, self.generation_config = view.model.config, view.model.generation_config
         self.graphs, self.language, self.calls, self.notes = dict(graphs), language, dict(calls), notes
         self.device = torch.device("cpu")
+        self.turn = threading.RLock()  # a graph has one request, and the decoder's one cache
         self._attach()
 
     def _attach(self) -> None:
@@ -212,36 +212,51 @@ class OpenVINOModel:
     def __call__(self, **inputs: Any) -> Any:
         """The forward of a whole prompt: logits [B, L, vocabulary]."""
         inputs.pop("use_cache", None)
-        return self.skeleton(**inputs, use_cache=False)
+        with self.turn:
+            return self.skeleton(**inputs, use_cache=False)
 
     @torch.no_grad()
-    def generate(self, max_new_tokens: int | None = None, **inputs: Any) -> Tensor:
-        """Greedy answers, prompt included, as transformers' generate returns them: [B, L + new].
+    def generate(self, inputs: Tensor | None = None, **asked: Any) -> Tensor:
+        """Greedy answers, prompt included, as transformers' generate returns them: [B, L + new]. Threads take turns.
 
         Args:
-            max_new_tokens: default: the model's generation config.
+            inputs: ``input_ids``, [B, L], where they are not given by name. max_new_tokens: default: the model's
+                generation config, else 20.
 
         Raises:
-            UsageError: a setting that greedy decoding does not have.
+            UsageError: a setting that a greedy answer does not have, or no room for a new token.
         """
-        settings = {k: inputs.pop(k) for k in list(inputs) if k in TAKEN}
-        for key in ("do_sample", "num_beams", "num_return_sequences", *NEUTRAL):
-            value = settings.get(key, getattr(self.generation_config, key, None))
-            if value not in (GREEDY | NEUTRAL)[key]:
-                raise UsageError(
-                    "the openvino runtime generates greedily",
-                    where=f"generate({key})",
-                    found=repr(value),
-                    change="svlm.load(OUT) generates in torch with every setting of transformers",
-                )
-        limit = max_new_tokens or self.generation_config.max_new_tokens or 20
-        ends, pad = (settings.get(k, getattr(self.generation_config, k)) for k in ("eos_token_id", "pad_token_id"))
-        prompt = self.skeleton.generate(**inputs, max_new_tokens=1, do_sample=False)
+        if inputs is not None:
+            asked["input_ids"] = inputs
+        asked.pop("use_cache", None)  # the graphs have a cache of their own, and the tokens are the same
+        if found := beyond(self.skeleton, asked):
+            raise UsageError(
+                "the openvino runtime generates greedily",
+                where=f"generate({found[0]})",
+                found=repr(found[1])[:80],
+                change="svlm.load(OUT) generates in torch with every setting of transformers",
+            )
+        config = self.generation_config
+        settings = config.to_diff_dict() | {k: asked.pop(k) for k in list(asked) if k in config.to_dict()}
+        limit = settings.get("max_new_tokens")
+        if limit is None:
+            limit = settings["max_length"] - _length(asked) if settings.get("max_length") else 20
+        if limit < 1:
+            where, found = "generate(max_new_tokens)", str(limit)
+            raise UsageError("no new token is asked for", where=where, found=found, change="ask for 1 or more")
         embedding, head = self.graphs[EMBEDDING], self.graphs[HEAD]
 
         def step(last: np.ndarray) -> np.ndarray:
             hidden = self.language.step(embedding.run(last[:, None])[0])
             return head.run(hidden)[0][:, -1].argmax(-1)
 
-        tokens = answer(prompt[:, -1].numpy(), step, Wish.of(limit, ends, pad))
+        with self.turn:
+            prompt = self.skeleton.generate(**asked, max_new_tokens=1, do_sample=False)
+            wish = Wish.of(limit, settings.get("eos_token_id"), settings.get("pad_token_id"))
+            tokens = answer(prompt[:, -1].numpy(), step, wish)
         return torch.cat([prompt[:, :-1], torch.from_numpy(tokens)], 1)
+
+
+def _length(asked: Mapping[str, Any]) -> int:
+    """Tokens of the prompts, padding included."""
+    return next(asked[key].shape[1] for key in ("input_ids", "inputs_embeds") if key in asked)
