@@ -79,7 +79,8 @@ def _room(keys: Tensor, values: Tensor, places: Tensor) -> Any:
 
 def obstacle(view: ModelView) -> str:
     """Why `generate` of this model stays transformers' own; empty where greedy answers may take traced steps."""
-    model, decoder = view.model, view.decoder
+    model: Any = view.model
+    decoder: Any = view.decoder
     if view.family.seq2seq:
         return "its language model is an encoder-decoder"
     if "generate" in vars(model) or kv_form(model) is not None:

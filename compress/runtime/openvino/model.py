@@ -242,8 +242,8 @@ class OpenVINOModel:
         if limit is None:
             limit = settings["max_length"] - _length(asked) if settings.get("max_length") else 20
         if limit < 1:
-            where, found = "generate(max_new_tokens)", str(limit)
-            raise UsageError("no new token is asked for", where=where, found=found, change="ask for 1 or more")
+            where = "generate(max_new_tokens)"
+            raise UsageError("no new token is asked for", where=where, found=str(limit), change="ask for 1 or more")
         embedding, head = self.graphs[EMBEDDING], self.graphs[HEAD]
 
         def step(last: np.ndarray) -> np.ndarray:
