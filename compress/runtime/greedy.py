@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -58,16 +59,21 @@ def beyond(model: Any, asked: Mapping[str, Any]) -> tuple[str, Any] | None:
     Args:
         asked: the call's keyword arguments; what goes into the model's forward is none of them.
     """
-    from transformers.generation import GenerationMixin
-
     config = model.generation_config
-    settings = config.to_diff_dict() | {k: v for k, v in asked.items() if k in config.to_dict()}
+    settings = config.to_diff_dict() | {k: v for k, v in asked.items() if k in vars(config)}
     for key, value in settings.items():
         neutral = value is None or (value == NEUTRAL[key] if key in NEUTRAL else value is False)
         if not neutral and key not in READ | IDLE:
             return key, value
-    own = (k for k in inspect.signature(GenerationMixin.generate).parameters if asked.get(k) is not None)
-    return next(((key, asked[key]) for key in own), None)
+    return next(((key, asked[key]) for key in _arguments() if asked.get(key) is not None), None)
+
+
+@functools.cache
+def _arguments() -> tuple[str, ...]:
+    """What transformers' `generate` takes by name, besides settings and the model's inputs."""
+    from transformers.generation import GenerationMixin
+
+    return tuple(inspect.signature(GenerationMixin.generate).parameters)
 
 
 def plain_wish(model: Any, asked: Mapping[str, Any]) -> Wish | None:

@@ -191,6 +191,19 @@ def test_a_head_tied_to_the_embedding_runs_in_float32_beside_bfloat16(monkeypatc
     assert float((found - wanted).norm()) < 0.05 * float(wanted.norm())
 
 
+def test_what_reads_pictures_keeps_no_form_for_few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    view = view_of(zoo.model("llava"))
+    us = times(float32=(9, 9, 5, 5), float16w=(1, 1, 9, 9))
+    monkeypatch.setattr(use, "measure", lambda *a, **k: {"us": us, "dropped": {}})
+    facts = use_kernels(view)
+    inside = [m for m in view.decoder.modules() if isinstance(m, KernelLinear)]
+    assert inside and all(m.names == ("float16w", "float32") for m in inside)
+    assert not any(isinstance(m, KernelLinear) for m in view.model.get_submodule(view.tower_path).modules())
+    pictures = [k for name, k in facts["kinds"].items() if name.endswith("of pictures")]
+    assert pictures and all(set(k["us"]) == {"64", "512"} == set(k["forms"]) for k in pictures)
+    assert use.says(facts) and use.rows(facts)
+
+
 def _start(view: Any, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     if not view.family.seq2seq or "decoder_input_ids" in batch:
         return {}

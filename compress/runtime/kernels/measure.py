@@ -21,6 +21,7 @@ from .table import KERNELS, Run, check
 
 COUNTS = (1, 8, 64, 512)  # tokens at which forms are timed
 LIMITS = (2, 22, 181, float("inf"))  # what each time stands for: numbers of tokens nearer to it than to the others
+MANY = 64  # tokens: as many and more come to a tower or connector at once, a picture's
 COLD = 8  # up to so many tokens, the weights of a model that no cache holds come from memory at every step of an answer
 SWEPT = 48 << 20  # bytes read before such a call, so that no weight is left in a cache
 ROUNDS = 7  # interleaved; a form that took twice the best's time in two gets no third one
@@ -142,6 +143,7 @@ def choose(times: Times, grid: Grid | None, memory: str) -> list[tuple[float, st
     """The forms of a linear: [(most tokens, kernel)], by rising number of tokens.
 
     Args:
+        times: at the numbers of `COUNTS` that matter; those above the least of them may be missing.
         memory: ``fast``: the fastest at every number of tokens. ``small``: the fastest of those that keep integers (or
             16 bits, where the linear is on no grid).
     """
@@ -151,7 +153,8 @@ def choose(times: Times, grid: Grid | None, memory: str) -> list[tuple[float, st
         most = 16 if least > 8 else 8
         names = {name for name in names if KERNELS[name].width(grid) <= most}
     plan: list[tuple[float, str]] = []
-    for count, limit in reversed(list(zip(COUNTS, LIMITS))):
+    least = min(map(int, times))
+    for count, limit in reversed([pair for pair in zip(COUNTS, LIMITS) if pair[0] >= least]):
         row = {name: us for name, us in times[str(count)].items() if name in names}
         if not row and not plan:
             continue  # too long to be timed: the next smaller number decides

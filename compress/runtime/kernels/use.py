@@ -17,7 +17,7 @@ from ...mapped import only_lets_go
 from ..codebook import Codebook
 from ..grid import Grid
 from .linear import KernelLinear
-from .measure import COUNTS, LIMITS, SWEPT, activations, choose, keep_times, kind, machine, measure, read_times
+from .measure import COUNTS, LIMITS, MANY, SWEPT, activations, choose, keep_times, kind, machine, measure, read_times
 from .step import Steps, obstacle
 from .table import KERNELS, check
 
@@ -57,12 +57,14 @@ def use_kernels(
             known[stored] = _name(activations(view.storage_dtype, device.type))
         dtype = getattr(torch, known[stored])
     table: dict[str, Any] = here.setdefault("linears", {}).setdefault(_name(dtype), {})
-    linears = {ref.path: ref.module for unit in view.units for ref in unit.linears if type(ref.module) is nn.Linear}
+    refs = [ref for unit in view.units for ref in unit.linears if type(ref.module) is nn.Linear]
     cold = 2 * sum(p.numel() for p in view.model.parameters()) > SWEPT
     kinds: dict[str, dict[str, Any]] = {}
     dense: dict[str, str] = {}
+    used: set[str] = set()
     measured = False
-    for path, linear in linears.items():
+    for ref in refs:
+        path, linear = ref.path, ref.module
         if not only_lets_go(linear):
             dense[path] = "a pass works on its inputs or outputs"
             continue
@@ -71,10 +73,14 @@ def use_kernels(
         weight = linear.weight.detach().float()
         bias = None if linear.bias is None else linear.bias.detach().float()
         name = kind((weight.shape[0], weight.shape[1]), grid)
+        used.add(name)
         if name not in table:
             table[name], measured = measure(weight, bias, grid, dtype, cold=cold), True
-        forms = choose(table[name]["us"], grid, memory)
-        row = kinds.setdefault(name, {"linears": 0, "us": table[name]["us"], "forms": _told(forms)})
+        us = table[name]["us"]
+        if ref.unit.tokens == "image":
+            name, us = f"{name}, of pictures", {count: times for count, times in us.items() if int(count) >= MANY}
+        forms = choose(us, grid, memory)
+        row = kinds.setdefault(name, {"linears": 0, "us": us, "forms": _told(forms, us)})
         row["linears"] += 1
         if [form for _, form in forms] == [_name(dtype)]:
             continue  # as it is
@@ -91,7 +97,7 @@ def use_kernels(
     stepwise = obstacle(view)
     if not stepwise:
         vars(view.model)["generate"] = Steps(view)
-    dropped = {form: why for name in kinds for form, why in table[name]["dropped"].items()}
+    dropped = {form: why for name in used for form, why in table[name]["dropped"].items()}
     return {
         "machine": machine(device.type), "activations": _name(dtype), "memory": memory, "kinds": kinds,
         "dropped": dropped, "dense": dense, "stepwise": stepwise,
@@ -111,9 +117,10 @@ def _on(grid: Grid | Codebook | None, device: torch.device) -> Grid | None:
     return replace(grid, scale=grid.scale.to(device), zero=None if grid.zero is None else grid.zero.to(device))
 
 
-def _told(forms: list[tuple[float, str]]) -> dict[str, str]:
-    """{tokens: form} of the numbers of tokens that were measured."""
-    return {str(count): next(f for most, f in forms if limit <= most) for count, limit in zip(COUNTS, LIMITS)}
+def _told(forms: list[tuple[float, str]], us: Mapping[str, Any]) -> dict[str, str]:
+    """{tokens: form} of the numbers of tokens in `us`."""
+    limits = {str(count): limit for count, limit in zip(COUNTS, LIMITS)}
+    return {count: next(f for most, f in forms if limits[count] <= most) for count in us}
 
 
 # ------------------------------------------------------------------------------------------------------ what is shown
@@ -137,7 +144,8 @@ def says(facts: Mapping[str, Any]) -> list[str]:
     """What the table means, in plain words; above all where few bits do not pay on this machine."""
     said = [f"{facts['machine']}; activations in {facts['activations']}; microseconds, * is used."]
     for count in map(str, COUNTS):
-        rows = [(k["linears"], k["us"][count], k["forms"][count]) for k in facts["kinds"].values()]
+        kinds = [k for k in facts["kinds"].values() if count in k["us"]]
+        rows = [(k["linears"], k["us"][count], k["forms"][count]) for k in kinds]
         rows = [(n, us, form) for n, us, form in rows if form in us and facts["activations"] in us]
         if not rows:
             continue

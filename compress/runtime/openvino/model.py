@@ -237,7 +237,7 @@ class OpenVINOModel:
                 change="svlm.load(OUT) generates in torch with every setting of transformers",
             )
         config = self.generation_config
-        settings = config.to_diff_dict() | {k: asked.pop(k) for k in list(asked) if k in config.to_dict()}
+        settings = config.to_diff_dict() | {k: asked.pop(k) for k in list(asked) if k in vars(config)}
         limit = settings.get("max_new_tokens")
         if limit is None:
             limit = settings["max_length"] - _length(asked) if settings.get("max_length") else 20
