@@ -85,7 +85,7 @@ def main() -> None:
     if facts.get("questions") != len(samples):
         facts = {"questions": len(samples)}
     with tempfile.TemporaryDirectory() as scratch:
-        gptq, nf4 = Path(scratch) / "gptq", Path(scratch) / "nf4"
+        gptq, nf4 = Path(scratch) / "made by gptq", Path(scratch) / "made by bnb"  # beside the exports
         quantized("quantize.gptq", {"bits": 4, "group": 64}, gptq)
         quantized("quantize.bnb", {"bits": 4}, nf4)
         for name in o.formats:

@@ -44,6 +44,7 @@ OURS: dict[str, Steps] = {
     "svlm rtn, plain": [("quantize.rtn", {"search": "none"})],
     "svlm rtn": [("quantize.rtn", {})],
     "svlm gptq": [("quantize.gptq", {})],
+    "svlm gptq, not equalized": [("quantize.gptq", {"equalize": False})],
     "svlm gptq + scales": [("quantize.gptq", {}), SCALES],
     "svlm gptq, everywhere": [("quantize.gptq", {"where": ["vision", "connector", "language"]})],
 }
