@@ -25,7 +25,8 @@ class KernelLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.forms, self.names = tuple(forms), tuple(names)
-        self.modules_of = nn.ModuleList(run for _, run in forms if isinstance(run, nn.Module))  # where a trace looks
+        # a trace finds modules by their place in the tree alone
+        self.held_for_traces = nn.ModuleList(run for _, run in forms if isinstance(run, nn.Module))
         self.register_buffer("weight", linear.weight.detach().new_empty(0), persistent=False)
         self.bias = None
 
