@@ -30,11 +30,11 @@ from pathlib import Path
 from typing import Any
 
 BITS, GROUP, IMAGE_TOKEN = 4, 64, 49190
+PLAIN = {"refine": 0, "token_weights": "uniform", "lazy": True}
 OURS: dict[str, dict[str, Any]] = {
-    "svlm": {},
     "svlm, lazy": {"lazy": True},
-    "svlm, uniform tokens, lazy": {"token_weights": "uniform", "lazy": True},
-    "svlm, refine 0, uniform tokens, lazy": {"refine": 0, "token_weights": "uniform", "lazy": True},
+    "svlm, refine 0, uniform tokens, lazy": PLAIN,
+    "svlm, the same, all of a block at once": PLAIN | {"true_sequential": False},
 }
 PEERS = ("llmcompressor", "gptqmodel", "llmcompressor:bfloat16", "gptqmodel:bfloat16")
 BOUND = "vision tower alone"
@@ -92,9 +92,11 @@ def make(folder: Path, o: argparse.Namespace) -> None:
 
 
 def read_batches(path: Path, size: int) -> list[dict[str, Any]]:
-    """The samples in batches of `size`; the last four tokens are the answer."""
+    """The samples in batches of `size`, as svlm's runs hold theirs; the last four tokens are the answer."""
     import torch
     from safetensors import safe_open
+
+    from svlm.compress.mapped import put_away
 
     batches = []
     with safe_open(str(path), "pt") as file:
@@ -102,7 +104,7 @@ def read_batches(path: Path, size: int) -> list[dict[str, Any]]:
         samples = len(file.keys()) // len(names)
         for start in range(0, samples, size):
             rows = range(start, min(start + size, samples))
-            batch = {name: torch.cat([file.get_tensor(f"{i}.{name}") for i in rows]) for name in names}
+            batch = {name: put_away(torch.cat([file.get_tensor(f"{i}.{name}") for i in rows])) for name in names}
             batch["labels"] = batch["input_ids"].clone()
             batch["labels"][:, :-4] = -100
             batches.append(batch)
@@ -167,22 +169,32 @@ def bound(folder: Path, o: argparse.Namespace) -> None:
 
 
 def judge(folder: Path, o: argparse.Namespace) -> None:
-    """Mean layer error of every file of weights in `folder`/weights, with one H for all."""
+    """Mean layer error of every file of weights in `folder`/weights, with one H for all.
+
+    Where svlm brought the input channels to one size first, H is that of the model with such channels, whose outputs
+    are the original's: the error means the same.
+    """
     from safetensors import safe_open
 
     import svlm
     from svlm.calib.stats import Hessian
     from svlm.calib.walk import Walk
+    from svlm.passes.quantize._equalize import equalize
     from svlm.passes.quantize._gptq import layer_error
 
     files = {path.stem: safe_open(str(path), "pt") for path in sorted((folder / "weights").glob("*.safetensors"))}
-    view = svlm.load_view(folder / "model")
+    facts = {name: json.loads(file.metadata()["facts"]) for name, file in files.items()}
     errors: dict[str, list[float]] = {name: [] for name in files}
-    for unit in Walk(view, read_batches(folder / "batches.safetensors", 8), "language"):
-        for ref, stat in unit.observe(Hessian, token_weights="uniform").items():
-            for name, file in files.items():
-                rounded = file.get_tensor(ref.path).float()
-                errors[name].append(layer_error(ref.module.weight.data, rounded, stat.matrix)[1])
+    for equal in (False, True):
+        mine = {n: f for n, f in files.items() if bool(facts[n].get("notes", {}).get("linears_equalized")) == equal}
+        view = svlm.load_view(folder / "model")
+        if equal:
+            equalize(view, view.linears(["language"]))
+        for unit in Walk(view, read_batches(folder / "batches.safetensors", 8), "language") if mine else ():
+            for ref, stat in unit.observe(Hessian, token_weights="uniform").items():
+                for name, file in mine.items():
+                    rounded = file.get_tensor(ref.path).float()
+                    errors[name].append(layer_error(ref.module.weight.data, rounded, stat.matrix)[1])
     Path(o.out).write_text(json.dumps({name: statistics.mean(found) for name, found in errors.items()}))
 
 

@@ -233,6 +233,9 @@ def measure(
                         )
                     sums[ref].add(sizes, _predicting(view, part, ref, masks, kept))
             seen += len(part["labels"])
+        for value in batch.values():
+            if isinstance(value, torch.Tensor):
+                release(value)
     gradients: dict[str, dict[str, Gradients]] = {}
     for ref, total in sums.items():
         if total.tokens["vision"] or total.tokens["text"]:

@@ -18,8 +18,9 @@ import torch
 from torch.utils._pytree import tree_map
 
 from ..compress.anatomy import ModelView, Unit
+from ..compress.mapped import release
 from ..compress.runtime.merge import carried
-from .replay import patched
+from .replay import patched, swapped
 
 
 def has_matrix_unit(device: torch.device) -> bool:
@@ -53,6 +54,18 @@ def narrowing(units: Iterable[Unit], dtype: torch.dtype | None) -> Iterator[None
     own = {unit: unit.module.forward for unit in units}
     made = {unit: narrowed(forward, unit, dtype) for unit, forward in own.items()}
     with patched({unit.module: made[unit] for unit in own if made[unit] is not own[unit]}):
+        yield
+
+
+@contextmanager
+def narrow_weights(unit: Unit, dtype: torch.dtype | None) -> Iterator[None]:
+    """Inside, the unit's linears hold their weights in `dtype`: made so once, and not at every call."""
+    held: dict[Any, torch.Tensor] = {}
+    if dtype is not None and unit.part != "head":
+        for ref in unit.linears:
+            held[ref.module] = ref.module.weight.detach().to(dtype)
+            release(ref.module.weight)
+    with swapped(held):
         yield
 
 

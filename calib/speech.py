@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..compress.anatomy import ModelView
 from ..compress.base import Batches
+from ..compress.mapped import put_away
 from ..compress.processors import with_tokens_of
 from ..compress.vocabulary import speaking
 from .dataset import CalibrationSet
@@ -98,10 +99,10 @@ class Speech:
 
     @cached_property
     def fit(self) -> list[Mapping[str, Any]]:
-        """The fit split as model-ready batches."""
+        """The fit split as model-ready batches; the pictures lie in a file that is read as they are asked for."""
         (self.first or self.judge).answered(self.data.fit)  # all at once: what is asked is remembered
         starts = range(0, len(self.data.fit), self.batch_size)
-        return [self.encode(self.data.fit[start : start + self.batch_size]) for start in starts]
+        return [_put_away(self.encode(self.data.fit[start : start + self.batch_size])) for start in starts]
 
     def some(self, count: int) -> dict[str, Any]:
         """The first samples of the fit split as one batch."""
@@ -120,3 +121,9 @@ class Speech:
                 yield self.encode(chunk)
 
         return batches
+
+
+def _put_away(batch: dict[str, Any]) -> dict[str, Any]:
+    if isinstance(batch, Shown):
+        return Shown(_put_away(dict(batch)), _put_away(dict(batch.original)))
+    return {key: put_away(value) if isinstance(value, Tensor) else value for key, value in batch.items()}

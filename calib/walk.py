@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_leaves
 from ..compress.anatomy import LinearRef, ModelView, Unit
 from ..compress.base import Json, Progress, Silent, evaluating
 from ..compress.errors import WorkFailed
-from ..compress.mapped import hand_back
+from ..compress.mapped import hand_back, release
 from ..compress.runtime.activations import installed as rounding_of
 from ..compress.runtime.rules import read_again
 from ..compress.runtime.seen import Kept, seen
@@ -140,11 +140,13 @@ class Walk:
                 now = rounding_of(unit.module)  # of a unit that is a linear itself: what was caught has met its hook
                 if now is not None and now is not rounding:
                     calls = [[((now.round(args[0]), *args[1:]), kwargs) for args, kwargs in batch] for batch in calls]
-                outs = [[self._run(unit, *call, narrow=True) for call in batch] for batch in calls]
+                current._calls = calls
+                outs = current.replay(lambda _, call: self._run(unit, *call, narrow=True), last=True)  # noqa: B023
                 self._memos[unit.path] = outs
                 ready = relayed(calls, outs) if self._relays(unit, after) else []
                 self._forget()
             current._calls = calls = []
+            current._remembered.clear()
             self.progress.step(note=unit.name)
         self.progress.done()
 
@@ -221,7 +223,12 @@ class Walk:
 
     def _forward(self, batch: Mapping[str, Any]) -> Any:
         given = {k: v.to(self.view.model.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-        return self.view.model(**{**given, "use_cache": False})
+        try:
+            return self.view.model(**{**given, "use_cache": False})
+        finally:
+            for value in batch.values():
+                if isinstance(value, torch.Tensor):
+                    release(value)
 
     def _capture(self, unit: Unit) -> list[list[Call]]:
         """The arguments of `unit` for every batch. What runs before it and is not finished is remembered on the way."""
@@ -266,6 +273,7 @@ class Walk:
                 records[path][-1] = [hollow(out) for out in records[path][-1]]
             finished.append(done)
             calls.append(caught)
+            hand_back()
         if all(done == finished[0] for done in finished):  # else what one batch let go of, another might ask for
             self._memos |= {path: records[path] for path in finished[0]}
         self._forget()
@@ -276,9 +284,13 @@ class Walk:
 
     def _relays(self, unit: Unit, after: Unit) -> bool:
         """Whether a finished unit's outputs and its own arguments are all that `after` is called with."""
-        known, probe = not any(self._kept), self._probe
+        probe = self._probe
         assert probe is not None
-        return known and not probe.mutates and unit.path in probe.relayed and probe.successor[unit.path] == after.path
+        return not self._runs_differ() and unit.path in probe.relayed and probe.successor[unit.path] == after.path
+
+    def _runs_differ(self) -> bool:
+        """Whether a unit may not simply be given again what it was given: tokens are taken away, or written over."""
+        return any(self._kept) or self._probe is None or self._probe.mutates
 
     def _module(self, path: str) -> nn.Module:
         return self.view.model.get_submodule(path)

@@ -10,14 +10,17 @@ import torch
 from ..compress.anatomy import LinearRef, Unit
 from ..compress.base import Json
 from ..compress.errors import WorkFailed
+from ..compress.mapped import hand_back, only_lets_go
 from .drift import drift
-from .replay import Arrived, Call, patched, samples, swapped, watching
+from .narrow import narrow_weights
+from .replay import Arrived, Call, patched, recording, replaying, samples, swapped, watching
 from .stats import Stat, TokenWeights
 
 if TYPE_CHECKING:
     from .walk import Walk
 
 S = TypeVar("S", bound=Stat)
+R = TypeVar("R")
 
 
 class WalkUnit:
@@ -37,6 +40,8 @@ class WalkUnit:
         self.notes: dict[str, Json] = {}
         self._walk, self._calls = walk, calls
         self._drifts: list[torch.Tensor | None] | None = None  # by batch
+        self._settled: set[LinearRef] = set()
+        self._remembered: dict[str, list[list[Any]]] = {}  # child -> call -> what it returned
 
     def observe(
         self,
@@ -63,28 +68,81 @@ class WalkUnit:
                 raise ValueError(f"{ref.path} is not in {self.name}")
             leads.setdefault(ref.stage, ref)
         stats = {stage: stat_factory() for stage in leads}
-        for index, calls in enumerate(self._calls):
-            weights = {stage: self._weights(index, ref, token_weights) for stage, ref in leads.items()}
+        weights, apart = [], []  # by batch
+        for index in range(len(self._calls)):
+            weights.append({stage: self._weights(index, ref, token_weights) for stage, ref in leads.items()})
             kept = self._walk._kept_inside(index, self.unit)
-            apart = {ref for ref in leads.values() if kept and kept.apart(self.unit.module, ref.role)}
-            for args, kwargs in calls:
-                waiting = dict(leads)
-                watchers = {
-                    ref.module: watching(ref, stats[stage], weights[stage], waiting, self._walk._clock, ref in apart)
-                    for stage, ref in leads.items()
-                }
-                with patched(watchers):
-                    try:
-                        self._walk._run(self.unit, args, kwargs, narrow=True)
-                    except Arrived:
-                        continue
-                raise WorkFailed(
-                    "a linear was not called",
-                    where=self.name,
-                    found=", ".join(ref.path for ref in waiting.values()),
-                    change="correct the block's layout in the anatomy row, or list the linear under 'ignored'",
-                )
+            apart.append({ref for ref in leads.values() if kept and kept.apart(self.unit.module, ref.role)})
+
+        def watch(index: int, call: Call) -> None:
+            waiting, clock = dict(leads), self._walk._clock
+            watchers = {
+                ref.module: watching(ref, stats[stage], weights[index][stage], waiting, clock, ref in apart[index])
+                for stage, ref in leads.items()
+            }
+            with patched(watchers):
+                try:
+                    self._walk._run(self.unit, *call, narrow=True)
+                except Arrived:
+                    return
+            raise WorkFailed(
+                "a linear was not called",
+                where=self.name,
+                found=", ".join(ref.path for ref in waiting.values()),
+                change="correct the block's layout in the anatomy row, or list the linear under 'ignored'",
+            )
+
+        self.replay(watch)
         return {ref: stats[ref.stage] for ref in chosen}
+
+    def settle(self, linears: Iterable[LinearRef]) -> None:
+        """Say that these linears keep the weights that they now have until the unit is done.
+
+        What a child of the unit (its attention) returns is then remembered from the next run on where nothing before
+        or in it can change any more, and the child does not run again: the memory of one more hidden state by token.
+        """
+        self._settled.update(linears)
+
+    def replay(self, run: Callable[[int, Call], R], last: bool = False) -> list[list[R]]:
+        """`run` of each batch's number and each of its calls, by batch; settled children return what they returned.
+
+        The linears' weights are in the dtype that statistics are computed in, once for all calls.
+
+        Args:
+            last: it will not be called again, and nothing more is remembered.
+        """
+        settled = {f"{self.unit.path}.{name}": child for name, child in self._finished()}
+        fresh: dict[str, list[list[Any]]] = {path: [] for path in settled if path not in self._remembered}
+        found: list[list[R]] = []
+        number = 0
+        with narrow_weights(self.unit, self._walk._narrow):
+            for index, calls in enumerate(self._calls):
+                found.append([])
+                for call in calls:
+                    patches = {}
+                    for path, child in settled.items():
+                        if path in self._remembered:
+                            patches[child] = replaying(path, self._remembered[path][number], False)
+                        elif not last:
+                            fresh[path].append([])
+                            patches[child] = recording(child, fresh[path][-1], True)
+                    with patched(patches):
+                        found[-1].append(run(index, call))
+                    number += 1
+        self._remembered |= {path: calls for path, calls in fresh.items() if not last and all(calls)}
+        hand_back()
+        return found
+
+    def _finished(self) -> Iterator[tuple[str, torch.nn.Module]]:
+        """The children of the unit with linears that no longer change, nor does anything before these."""
+        if self._walk._runs_differ():
+            return
+        for name, child in self.unit.module.named_children():
+            inside = [ref for ref in self.unit.linears if ref.path.startswith(f"{self.unit.path}.{name}.")]
+            last = max((ref.stage for ref in inside), default=-1)
+            open_ = [ref for ref in self.linears if ref.stage <= last and ref not in self._settled]
+            if inside and self._settled and not open_ and all(only_lets_go(module) for module in child.modules()):
+                yield name, child
 
     def inputs(self) -> Iterator[Call]:
         """The caught (args, kwargs) of the unit, batch after batch. Not copies: leave them as they are."""

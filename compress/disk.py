@@ -102,8 +102,10 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
-def disk_errors(target: Path) -> Iterator[None]:
-    """Turn 'no space left', quota and permission errors into a message that says what to change."""
+def disk_errors(
+    target: Path, change: str = "free some space or choose another --output, then run again with --resume"
+) -> Iterator[None]:
+    """Turn 'no space left', quota and permission errors into a message that says what to `change`."""
     try:
         yield
     except (OSError, RuntimeError) as error:
@@ -115,7 +117,7 @@ def disk_errors(target: Path) -> Iterator[None]:
                 "the disk is full; what was finished before is kept",
                 where=str(target),
                 found=f"{free / 1e6:.1f} MB free",
-                change="free some space or choose another --output, then run again with --resume",
+                change=change,
             ) from error
         if number in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise OutputError(

@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import math
 import mmap
+import os
 import sys
 import tempfile
 import weakref
@@ -23,9 +24,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from .disk import disk_errors
+
 PAGE = mmap.ALLOCATIONGRANULARITY
 SLAB = 16 << 20  # bytes
 SHARE = 0.25  # of the free memory: a model that takes more in float32 is mapped
+LARGE = 4 << 20  # bytes: data that takes less stays where it is
 
 _PLACES: dict[int, tuple[weakref.ref[mmap.mmap], int, int]] = {}  # address -> mapping, its offset there, bytes
 
@@ -80,6 +84,17 @@ def read_mapped(model: nn.Module, files: list[Path], dtype: torch.dtype) -> bool
     return not any(p.is_meta for p in model.parameters())
 
 
+def put_away(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values in a file; the tensor itself where it is small or not in the processor's memory."""
+    if tensor.nbytes < LARGE or tensor.device.type != "cpu":
+        return tensor
+    (home,) = _homes([tensor])
+    home.copy_(tensor)
+    release(home)
+    hand_back()  # what the original took
+    return home
+
+
 def release(tensor: torch.Tensor) -> None:
     """Let go of the memory of a mapped tensor until it is read again; nothing for any other."""
     mapped = tensor.device.type == "cpu" and sys.platform == "linux"  # elsewhere the system alone decides
@@ -123,8 +138,11 @@ def on_meta() -> Iterator[None]:
 def _homes(tensors: list[Any]) -> list[torch.Tensor]:
     """Tensors of these shapes and dtypes in one new file, each from the beginning of a page."""
     sizes = [math.ceil(max(t.numel() * t.element_size(), 1) / PAGE) * PAGE for t in tensors]
-    with tempfile.TemporaryFile() as file:
+    room = f"set TMPDIR to a folder with {max(sum(sizes), PAGE) / 1e6:.1f} MB free"
+    with disk_errors(Path(tempfile.gettempdir()), room), tempfile.TemporaryFile() as file:
         file.truncate(max(sum(sizes), PAGE))
+        if hasattr(os, "posix_fallocate"):  # a disk that fills up later would end the process
+            os.posix_fallocate(file.fileno(), 0, max(sum(sizes), PAGE))
         mapping = mmap.mmap(file.fileno(), 0)
     homes, offset = [], 0
     for tensor, size in zip(tensors, sizes, strict=True):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ...compress.runtime.grid import Grid
+from ._threads import one_thread
 
 PANEL = 128  # columns between two updates of the rest
 STRIP = 16  # columns between two updates of the rest of a panel: they stay in a core's cache
@@ -101,6 +102,7 @@ class Descent:
         self.values = torch.where(better, values, self.values)
         self.residual = torch.where(better, residual, self.residual)
 
+    @one_thread()
     def sweep(self, panel: int = PANEL, last: bool = False) -> None:
         """Every column in turn takes its best integers for what the others now are: ``q_j + R_j / H_jj``, rounded.
 

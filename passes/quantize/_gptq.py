@@ -22,6 +22,7 @@ import torch
 from ...compress.runtime.grid import Grid, dequantize, quantize
 from ._descent import STRIP, descend
 from ._rtn import absmax_grid, searched_grid
+from ._threads import one_thread
 
 MOST_RETRIES = 8
 LEAF = 128  # columns that are factorised as one
@@ -170,46 +171,47 @@ def gptq(
     factored = found.upper.to(precision)
     diagonal = factored.diagonal()
     slope = None if drift is None else _slope(drift[order][:, order], found.upper).to(precision)
-    rest = alive[:, order].T.contiguous()  # [in, out]: a column of the weight lies in one piece
+    rest = alive.T.contiguous()[order]  # [in, out]: a column of the weight lies in one piece
     rounded = torch.empty_like(rest, dtype=dtype)
     fixed = None if mask is None else mask[:, order].T.contiguous()
     scales, zeros = _spread(grids[0], precision) if static else (None, None)
-    for start in range(0, columns, blocksize):
-        stop, first = min(start + blocksize, columns), start
-        block, errors = rest[start:stop], torch.empty_like(rest[start:stop])
-        while first < stop:  # strips, in which rank-one updates stay in a core's cache; a group begins with one
-            begun = first - start
-            if not static and first % size == 0:
-                later = rest[stop:] - factored[start:first, stop:].T @ errors[:begun]
+    with one_thread():
+        for start in range(0, columns, blocksize):
+            stop, first = min(start + blocksize, columns), start
+            block, errors = rest[start:stop], torch.empty_like(rest[start:stop])
+            while first < stop:  # strips, in which rank-one updates stay in a core's cache; a group begins with one
+                begun = first - start
+                if not static and first % size == 0:
+                    later = rest[stop:] - factored[start:first, stop:].T @ errors[:begun]
+                    if slope is not None:
+                        later += slope[start:first, stop:].T @ block[:begun]
+                    now = torch.cat([block[begun:], later])[:size].T
+                    now = now if fixed is None else now.masked_fill(fixed[first : first + size].T, 0.0)
+                    grids.append(grid_of(now, -1, importance[first : first + size]))
+                    scales, zeros = _spread(grids[-1], precision)
+                assert scales is not None
+                end = min(first + STRIP, stop, columns if static else (first // size + 1) * size)
+                strip, local = rest[first:end], factored[first:end, first:end] / diagonal[first:end, None]
+                off = errors[begun : end - start]
+                values, slips, points = strip.unbind(), off.unbind(), rounded[first:end].unbind()
+                for i, value in enumerate(values):
+                    column = first + i
+                    place = places[column] // size if static else 0
+                    q = _nearest(value, scales[place], None if zeros is None else zeros[place], bits)
+                    points[i].copy_(q if fixed is None else q.masked_fill_(fixed[column], 0.0))
+                    torch.sub(value, points[i], out=slips[i])
+                    strip[i + 1 :].addr_(local[i, i + 1 :], slips[i], alpha=-1)
+                    if slope is not None:
+                        strip[i + 1 :].addr_(slope[column, column + 1 : end], value)
+                off.div_(diagonal[first:end, None])
+                rest[end:stop].addmm_(factored[first:end, end:stop].T, off, alpha=-1)
                 if slope is not None:
-                    later += slope[start:first, stop:].T @ block[:begun]
-                now = torch.cat([block[begun:], later])[:size].T
-                now = now if fixed is None else now.masked_fill(fixed[first : first + size].T, 0.0)
-                grids.append(grid_of(now, -1, importance[first : first + size]))
-                scales, zeros = _spread(grids[-1], precision)
-            assert scales is not None
-            end = min(first + STRIP, stop, columns if static else (first // size + 1) * size)
-            strip, local = rest[first:end], factored[first:end, first:end] / diagonal[first:end, None]
-            values, slips, points = strip.unbind(), errors[begun : end - start].unbind(), rounded[first:end].unbind()
-            for i, value in enumerate(values):
-                column = first + i
-                place = places[column] // size if static else 0
-                q = _nearest(value, scales[place], None if zeros is None else zeros[place], bits)
-                points[i].copy_(q if fixed is None else q.masked_fill_(fixed[column], 0.0))
-                torch.sub(value, points[i], out=slips[i])
-                strip[i + 1 :].addr_(local[i, i + 1 :], slips[i], alpha=-1)
-                if slope is not None:
-                    strip[i + 1 :].addr_(slope[column, column + 1 : end], value)
-            errors[begun : end - start].div_(diagonal[first:end, None])
-            rest[end:stop].addmm_(factored[first:end, end:stop].T, errors[begun : end - start], alpha=-1)
+                    rest[end:stop].addmm_(slope[first:end, end:stop].T, strip)
+                first = end
+            rest[stop:].addmm_(factored[start:stop, stop:].T, errors, alpha=-1)
             if slope is not None:
-                rest[end:stop].addmm_(slope[first:end, end:stop].T, strip)
-            first = end
-        rest[stop:].addmm_(factored[start:stop, stop:].T, errors, alpha=-1)
-        if slope is not None:
-            rest[stop:].addmm_(slope[start:stop, stop:].T, block)
-    back = torch.empty_like(alive)
-    back[:, order] = rounded.T.to(precision)
+                rest[stop:].addmm_(slope[start:stop, stop:].T, block)
+    back = rounded[order.argsort()].T.to(precision, memory_format=torch.contiguous_format)
     if static:
         (grid,) = grids
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ...compress.runtime.grid import Grid
+from ._threads import one_thread
 
 CLIPS = [1.0 - 0.05 * k for k in range(14)]  # shares of the range that the scale search tries: 1.00 to 0.35
 POLISH = 3  # rounds of least squares after the best of them
@@ -36,6 +37,7 @@ def absmax_grid(w: torch.Tensor, bits: int, group: int, symmetric: bool, dtype: 
     return Grid(bits, group, False, scale, zero)
 
 
+@one_thread()
 def searched_grid(
     w: torch.Tensor, importance: torch.Tensor | None, bits: int, group: int, symmetric: bool, dtype: torch.dtype
 ) -> Grid:

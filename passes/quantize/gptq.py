@@ -162,6 +162,7 @@ class GPTQ(Pass):
                                 "group": solved.grid.group,
                                 "unpaired": twin is not None and cross is None,
                             }
+                unit.settle(stage)
             unit.notes["linears"] = linears
         rows = {path: row for notes in walk.notes.values() for path, row in notes["linears"].items()}
         groups = {path: row["group"] for path, row in rows.items()}

@@ -247,6 +247,53 @@ def test_observe_sees_the_unit_as_it_now_is() -> None:
     assert torch.equal(alone[1].matrix, after[last[0]])
 
 
+@everywhere
+def test_what_has_settled_does_not_run_again_and_nothing_else_changes(family: str) -> None:
+    """Statistics and the model's answers are bit for bit those of a walk that computes everything anew."""
+    data, found, logit, runs = batches(family), [], [], [0, 0]
+    for settling in (0, 1):
+        view = view_of(zoo.model(family))
+
+        def count(*_: Any, settling: int = settling) -> None:
+            runs[settling] += 1
+
+        for unit in view.units:
+            for ref in unit.linears:
+                patch = ref.module.forward
+                ref.module.__dict__["forward"] = lambda x, patch=patch, count=count: (count(), patch(x))[1]
+        walk = Walk(view, data, every_part(view))
+        found.append([])
+        for unit in walk:
+            for stage in unit.stages:
+                found[-1] += [stat.mean for stat in unit.observe(MeanSquare, stage, "uniform").values()]
+                with torch.no_grad():
+                    for ref in stage:
+                        ref.module.weight.mul_(1.1)
+                if settling:
+                    unit.settle(stage)
+        logit.append(replayed(walk))
+    assert same(*found) and same(*logit)
+    assert runs[1] < runs[0]
+
+
+def test_only_what_nothing_can_change_any_more_is_remembered() -> None:
+    view, data = view_of(zoo.model("llava")), batches("llava")
+    unit = next(iter(Walk(view, data, "language.blocks[0]")))
+    attention = unit.stages[0] + unit.stages[1]
+    unit.observe(Hessian)
+    for settled, wanted in ((unit.stages[0], []), (unit.stages[1], ["self_attn"]), (unit.stages[2], ["self_attn"])):
+        unit.settle(settled)
+        assert [name for name, _ in unit._finished()] == wanted
+    unit.observe(Hessian, unit.stages[-1])
+    with torch.no_grad():
+        for ref in attention:
+            ref.module.weight.zero_()  # against what was promised: nobody looks there any more
+    (kept,) = unit._remembered.values()
+    assert len(kept) == len(data) and all(bool(call[0][0].any()) for call in kept)
+    view.units[view.units.index(unit.unit)].module.self_attn.register_forward_hook(lambda *_: None)
+    assert [name for name, _ in unit._finished()] == [], "what hooks do would be left out"
+
+
 def test_selected_linears_only() -> None:
     view, data = view_of(zoo.model("llava")), batches("llava")
     for unit in Walk(view, data, ["language.blocks[1:].mlp.down", "language.attn.k"]):

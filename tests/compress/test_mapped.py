@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import errno
 import gc
+import os
+import tempfile
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,9 +16,13 @@ import torch
 from torch import nn
 
 import svlm
+from svlm.calib.shown import Shown
+from svlm.calib.speech import _put_away
 from svlm.calib.walk import Walk
 from svlm.compress import mapped, storage
+from svlm.compress.anatomy import view_of
 from svlm.compress.base import Context
+from svlm.compress.errors import WorkFailed
 from svlm.compress.runtime.kernels.use import use_kernels
 from tests import zoo
 
@@ -72,6 +79,37 @@ def test_a_pass_on_a_lazy_model_leaves_the_same_bits(family: str, name: str, tmp
         again = svlm.load_view(out, lazy=lazy)
         assert storage.fingerprint(again) == storage.fingerprint(svlm.load_view(out))
     assert files[0] == files[1] and files[0]
+
+
+def test_large_data_is_put_away_and_comes_back() -> None:
+    big, small = torch.randn(3, 1 << 19), torch.randn(8)
+    home = mapped.put_away(big)
+    assert torch.equal(home, big) and home.data_ptr() != big.data_ptr() and mapped.put_away(small) is small
+    assert resident(home) > 0
+    mapped.release(home)
+    assert resident(home) == 0 and torch.equal(home, big)
+    batch = _put_away(Shown({"pixel_values": big, "input_ids": small}, {"pixel_values": big}))
+    assert isinstance(batch, Shown) and batch["input_ids"] is small and torch.equal(batch["pixel_values"], big)
+    assert batch.original["pixel_values"].data_ptr() in mapped._PLACES
+
+
+def test_a_walk_lets_go_of_pictures() -> None:
+    view, batch = view_of(zoo.model("llava")), zoo.batch("llava", samples=2)
+    size = batch["pixel_values"].numel()
+    (whole,) = mapped._homes([batch["pixel_values"]])
+    whole.copy_(batch["pixel_values"])
+    for _ in Walk(view, [batch | {"pixel_values": whole}], "language.blocks[0]"):
+        assert size and resident(whole) == 0
+
+
+def test_no_room_for_what_is_mapped_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(WorkFailed, match="the disk is full") as told:
+        mapped.put_away(torch.zeros(1 << 21))
+    assert tempfile.gettempdir() in str(told.value) and "TMPDIR" in str(told.value)
 
 
 def test_memory_comes_back_after_use_and_changes_stay() -> None:

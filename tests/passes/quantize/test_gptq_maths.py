@@ -7,6 +7,7 @@ from svlm.compress.runtime.grid import Grid, dequantize, on_grid, quantize
 from svlm.passes.quantize._descent import Descent, descend
 from svlm.passes.quantize._gptq import factor_of, gptq, inverse_factor, layer_error
 from svlm.passes.quantize._rtn import absmax_grid, searched_grid
+from svlm.passes.quantize._threads import one_thread
 from tests.oracles import descent as slow
 from tests.oracles import gptq as oracle
 
@@ -200,3 +201,16 @@ def test_a_searched_scale_may_be_negative_and_no_group_is_worse_than_plain(bits)
     assert (searched.scale < 0).any() and (searched.scale > 0).any()
     q = quantize(w, searched)
     assert q.min() == -(2 ** (bits - 1)) and on_grid(dequantize(q, searched), searched)
+
+
+def test_small_work_takes_one_thread_and_gives_the_others_back():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with one_thread():
+            assert torch.get_num_threads() == 1
+        with pytest.raises(ValueError), one_thread():
+            raise ValueError
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
