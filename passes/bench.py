@@ -23,6 +23,7 @@ from ..compress.pipeline import PeakMemory
 PHASES = ("vision", "prefill", "first_token", "decode_per_token", "end_to_end")
 NOISY = 1.3  # wall time above this multiple of CPU time: other work holds the processor, so CPU time is compared
 EQUAL = 0.97  # a ratio above this is no gain
+WARM = 4  # tokens of the answer before the one that is timed; enough for the torch runtime to trace a step
 
 
 @dataclass
@@ -100,7 +101,7 @@ def interleaved(contestants: list[Contestant], tokens: int, rounds: int) -> dict
     with torch.no_grad():
         for number in range(rounds + 1):
             for c in contestants:
-                row = one_round(c, tokens if number else 4)  # enough for the torch runtime to trace a step
+                row = one_round(c, tokens if number else WARM)
                 if number:  # the first warms up
                     kept[c.name].append(row)
     return {name: medians(rows) for name, rows in kept.items()}
@@ -116,7 +117,10 @@ def medians(rows: list[dict[str, tuple[float, float]]]) -> dict[str, dict[str, f
 
 @torch.no_grad()
 def one_round(c: Contestant, tokens: int) -> dict[str, tuple[float, float]]:
-    """(wall, CPU) milliseconds by phase of one answer of `tokens`: clocks at the tower and after the first logits."""
+    """(wall, CPU) milliseconds by phase of one answer of `tokens`: clocks at the tower and after the first logits.
+
+    A short answer goes before it: what another model has left in the processor's caches is no part of this one's time.
+    """
     tower: list[tuple[float, float]] = []
     logits: list[tuple[float, float]] = []
     head = c.view.model.get_output_embeddings()
@@ -125,10 +129,13 @@ def one_round(c: Contestant, tokens: int) -> dict[str, tuple[float, float]]:
         c.view.tower.register_forward_hook(lambda *_: tower.append(_now())),
         (c.view.decoder if head is None else head).register_forward_hook(lambda *_: logits.append(_now())),
     ]
+    asked = {**c.inputs, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}  # an answer that never ends early
     try:
+        c.generate(**asked, max_new_tokens=min(WARM, tokens))
+        tower.clear()
+        logits.clear()
         start = _now()
-        # an answer that never ends early
-        c.generate(**c.inputs, max_new_tokens=tokens, do_sample=False, eos_token_id=-1, pad_token_id=0)
+        c.generate(**asked, max_new_tokens=tokens)
         end = _now()
     finally:
         for hook in hooks:

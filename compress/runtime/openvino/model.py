@@ -15,6 +15,8 @@ from ...errors import UsageError
 from ..greedy import Wish, answer, beyond
 from .convert import EMBEDDING, HEAD, MASKED, Call
 
+AT_ONCE = 4  # pictures in one run of a tower that takes any number: more would be no faster, and take more memory
+
 
 class Graph:
     """A compiled graph with one request: arrays in, arrays out. Outputs are valid until the next run."""
@@ -22,7 +24,8 @@ class Graph:
     def __init__(self, compiled: Any) -> None:
         self.compiled = compiled
         self.request = compiled.create_infer_request()
-        self.shapes = [tuple(port.get_partial_shape()) for port in compiled.inputs]
+        first = compiled.inputs[0].get_partial_shape()[0]
+        self.at_once = AT_ONCE if first.is_dynamic else first.get_length()  # pictures in one run
         self.held: list[Any] = []
 
     def run(self, *inputs: np.ndarray) -> list[np.ndarray]:
@@ -130,7 +133,7 @@ def _additive(mask: Any, rows: int, new: int) -> Tensor:
 
 
 def run_image(graph: Graph, call: Call, args: tuple, kwargs: Mapping[str, Any], where: str) -> Any:
-    """A tower's or connector's output, picture by picture.
+    """A tower's or connector's output, some pictures at a time.
 
     Raises:
         UsageError: pictures of another size than the graph was made for.
@@ -145,7 +148,9 @@ def run_image(graph: Graph, call: Call, args: tuple, kwargs: Mapping[str, Any], 
             change="give pictures as the model's processor makes them, or svlm.load(..., example=batch) with such ones",
         )
     arrays = [array(t) for t in tensors]
-    each = [[out.copy() for out in graph.run(*(a[i : i + 1] for a in arrays))] for i in range(len(arrays[0]))]
+    step = graph.at_once
+    starts = range(0, len(arrays[0]), step)
+    each = [[out.copy() for out in graph.run(*(a[i : i + step] for a in arrays))] for i in starts]
     return call.output([torch.from_numpy(np.concatenate(parts)) for parts in zip(*each)])
 
 
