@@ -81,8 +81,9 @@ def compressed(make: Any, where: tuple[str, ...], fit: dict[str, torch.Tensor] |
     return view
 
 
-def narrow(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {k: v.bfloat16() if v.is_floating_point() else v for k, v in batch.items()}
+def given(batch: dict[str, torch.Tensor], view: Any) -> dict[str, torch.Tensor]:
+    """The batch in the dtype that the model runs in."""
+    return {k: v.to(view.model.dtype) if v.is_floating_point() else v for k, v in batch.items()}
 
 
 def race(
@@ -119,8 +120,8 @@ def race(
     told("kernels measured")
     print("\n".join(says(facts)), flush=True)
     runners = [
-        Contestant("original", original, original.model.generate, narrow(batch)),
-        Contestant("torch", torch_view, torch_view.model.generate, batch),
+        Contestant("original", original, original.model.generate, given(batch, original)),
+        Contestant("torch", torch_view, torch_view.model.generate, given(batch, torch_view)),
         Contestant("openvino", fast.view, fast.generate, batch),
     ]
     warm = {k: v for k, v in batch.items() if k in ("input_ids", "attention_mask")}

@@ -23,6 +23,7 @@ from ..activations import installed
 from ..codebook import integer_grids
 from ..rules import blocks_of, rule_of
 from .constants import Counts, compress_constants, pack_constants
+from .gelu import exact_gelu
 from .joined import join_products
 
 MASKED = -1e9  # added to scores of tokens that must not be seen; finite, so that a row that sees nothing is no NaN
@@ -298,6 +299,7 @@ def convert_part(
     if join:
         packed = join_products(graph, packed)
     counts = compress_constants(graph, packed, view.storage_dtype)
+    exact_gelu(graph)
     counts.static = sum(node.get_type_name() == "FakeQuantize" for node in graph.get_ops())
     kinds = {p: activation.kind for p, activation in view.activations.items() if p in names}
     counts.token = sum(kind == "token" and names[p] not in counts.missed for p, kind in kinds.items())

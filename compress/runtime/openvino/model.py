@@ -15,7 +15,7 @@ from ...errors import UsageError
 from ..greedy import Wish, answer, beyond
 from .convert import EMBEDDING, HEAD, MASKED, Call
 
-AT_ONCE = 4  # pictures in one run of a tower that takes any number: more would be no faster, and take more memory
+AT_ONCE = 2  # pictures in one run of a tower that takes any number: more are no faster, and take more memory
 
 
 class Graph:
