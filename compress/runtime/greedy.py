@@ -60,12 +60,17 @@ def beyond(model: Any, asked: Mapping[str, Any]) -> tuple[str, Any] | None:
         asked: the call's keyword arguments; what goes into the model's forward is none of them.
     """
     config = model.generation_config
-    settings = config.to_diff_dict() | {k: v for k, v in asked.items() if k in vars(config)}
+    settings = given(config) | {k: v for k, v in asked.items() if k in vars(config)}
     for key, value in settings.items():
         neutral = value is None or (value == NEUTRAL[key] if key in NEUTRAL else value is False)
         if not neutral and key not in READ | IDLE:
             return key, value
     return next(((key, asked[key]) for key in _arguments() if asked.get(key) is not None), None)
+
+
+def given(config: Any) -> dict[str, Any]:
+    """What a generation config asks for; transformers' own way to say it takes longer than some models' layers."""
+    return {k: v for k, v in vars(config).items() if v is not None and not k.startswith("_")}
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...anatomy import ModelView
 from ...errors import UsageError
-from ..greedy import Wish, answer, beyond
+from ..greedy import Wish, answer, beyond, given
 from .convert import EMBEDDING, HEAD, MASKED, Call
 
 AT_ONCE = 2  # pictures in one run of a tower that takes any number: more are no faster, and take more memory
@@ -242,7 +242,7 @@ class OpenVINOModel:
                 change="svlm.load(OUT) generates in torch with every setting of transformers",
             )
         config = self.generation_config
-        settings = config.to_diff_dict() | {k: asked.pop(k) for k in list(asked) if k in vars(config)}
+        settings = given(config) | {k: asked.pop(k) for k in list(asked) if k in vars(config)}
         limit = settings.get("max_new_tokens")
         if limit is None:
             limit = settings["max_length"] - _length(asked) if settings.get("max_length") else 20
