@@ -117,7 +117,7 @@ def test_measuring_drops_and_names_what_is_wrong_here(monkeypatch: pytest.Monkey
         raise NotImplementedError("no such operator on this processor")
 
     monkeypatch.setitem(KERNELS, "float16w", dataclasses.replace(KERNELS["float16w"], make=missing))
-    made = measure(weight, None, grid, torch.float32, cold=True)
+    made = measure(weight, None, grid, torch.float32, model=1 << 20)
     assert set(made["dropped"]) == {"int4", "float16w"}
     assert made["dropped"]["int4"].startswith("off by") and "no such operator" in made["dropped"]["float16w"]
     assert all(set(row) == {"float32", "bfloat16", "unpack"} for row in made["us"].values())
@@ -153,7 +153,7 @@ def test_families_answer_as_dequantized(family: str, monkeypatch: pytest.MonkeyP
     with torch.no_grad():
         wanted = view.model(**batch, **_start(view, batch)).logits
 
-    def fixed(weight: torch.Tensor, bias: Any, grid: Grid | None, dtype: Any, *, cold: bool) -> dict[str, Any]:
+    def fixed(weight: torch.Tensor, bias: Any, grid: Grid | None, dtype: Any, *, model: int) -> dict[str, Any]:
         few = (
             "float16w"
             if grid is None

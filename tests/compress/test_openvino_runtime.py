@@ -22,8 +22,7 @@ from svlm.compress.runtime.activations import Activation, install, remove
 from svlm.compress.runtime.grid import dequantize, quantize
 from svlm.compress.runtime.openvino import build
 from svlm.compress.runtime.openvino.build import _settings, integers_exact, load_openvino
-from svlm.compress.runtime.openvino.convert import Rows, convert_part, free_number
-from svlm.compress.runtime.openvino.model import AT_ONCE, Graph
+from svlm.compress.runtime.openvino.convert import Rows, convert_part
 from svlm.passes.quantize._rtn import absmax_grid
 from tests import zoo
 
@@ -106,42 +105,6 @@ def test_families_answer_as_in_torch(family: str, wide: None) -> None:
     assert float((model(**batch).logits - logits)[real].abs().max()) < 0.05 * float(logits.abs().max())
     answers = model.generate(**batch, max_new_tokens=12)
     assert answers.shape == wanted.shape and torch.equal(answers, wanted)
-
-
-@pytest.mark.parametrize("family", ["smolvlm", "gemma3", "llava"])
-def test_several_pictures_go_through_the_tower_together(family: str, wide: None, monkeypatch: Any) -> None:
-    """With an example of several: as many at once as a run may take, the rest after them; the same values."""
-    prompt: dict[str, Any] = {k: v for k, v in zoo.batch(family, samples=3).items() if k != "labels"}
-    model = load_openvino(view_of(zoo.model(family)), prompt, None, threads=1)
-    tower = model.graphs[next(iter(model.calls))]
-    assert tower.at_once == AT_ONCE
-    logits = []
-    for at_once in (1, 2, AT_ONCE):
-        sizes: list[int] = []
-        monkeypatch.setattr(tower, "run", lambda *a, sizes=sizes: sizes.append(len(a[0])) or Graph.run(tower, *a))
-        monkeypatch.setattr(tower, "at_once", at_once)
-        logits.append(model(**prompt).logits)
-        whole, left = divmod(sum(sizes), at_once)
-        assert sizes == [at_once] * whole + [left] * bool(left) and sum(sizes) >= 3
-    for other in logits[1:]:
-        torch.testing.assert_close(other, logits[0], atol=1e-5, rtol=1e-4)
-
-
-def test_a_trace_that_holds_on_to_one_picture_gets_one_at_a_time() -> None:
-    import openvino as ov
-
-    class Baked(torch.nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x.reshape(1, 3, 16) * 2
-
-    class Free(torch.nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x.flatten(2) * 2
-
-    for module, wanted in ((Baked(), 1), (Free(), AT_ONCE)):
-        graph = ov.convert_model(module, example_input=(torch.zeros(1, 3, 4, 4),))
-        free_number(graph, [(3, 4, 4)])
-        assert Graph(ov.Core().compile_model(graph, "CPU")).at_once == wanted
 
 
 @pytest.mark.parametrize("activation", [Activation("tensor", 0.0625, -11), Activation()])

@@ -22,8 +22,8 @@ from .table import KERNELS, Run, check
 COUNTS = (1, 8, 64, 512)  # tokens at which forms are timed
 LIMITS = (2, 22, 181, float("inf"))  # what each time stands for: numbers of tokens nearer to it than to the others
 MANY = 64  # tokens: as many and more come to a tower or connector at once, a picture's
-COLD = 8  # up to so many tokens, the weights of a model that no cache holds come from memory at every step of an answer
-SWEPT = 48 << 20  # bytes read before such a call, so that no weight is left in a cache
+COLD = 8  # up to so many tokens, a step of an answer waits for weights: from where all others of the model leave them
+SWEPT = 48 << 20  # bytes; where a model has more, so much of it is read before such a call
 ROUNDS = 7  # interleaved; a form that took twice the best's time in two gets no third one
 LONGEST = 1.0  # seconds; what must take longer, going by fewer tokens, is not timed
 SLOW = 0.02  # seconds; where the best takes longer, three rounds are enough
@@ -74,12 +74,13 @@ def activations(stored: torch.dtype, device: str) -> torch.dtype:
 
 @torch.no_grad()
 def measure(
-    weight: Tensor, bias: Tensor | None, grid: Grid | None, dtype: torch.dtype, *, cold: bool
+    weight: Tensor, bias: Tensor | None, grid: Grid | None, dtype: torch.dtype, *, model: int
 ) -> dict[str, Any]:
     """Time all forms of a linear.
 
     Args:
-        weight: [out, in] float32, dequantized. dtype: of the inputs. cold: no cache holds the model.
+        weight: [out, in] float32, dequantized. dtype: of the inputs. model: bytes of the whole model, which a step
+            reads between two calls of a linear: what lies in a cache then depends on them.
 
     Returns:
         us: {tokens: {kernel: least microseconds of several calls: what disturbs one only adds}}.
@@ -107,13 +108,13 @@ def measure(
         times[str(count)] = _race(
             {n: f for n, f in forms.items() if 8 * before.get(n, 0.0) <= 1e6 * LONGEST},
             torch.randn(count, weight.shape[1], generator=g).to(weight.device, dtype),
-            torch.ones(SWEPT // 4, device=weight.device) if cold and count <= COLD else None,
+            torch.ones(min(model, SWEPT) // 4, device=weight.device) if count <= COLD else None,
         )
     return {"us": times, "dropped": dropped}
 
 
 def _race(forms: dict[str, tuple[Run, Run]], x: Tensor, sweep: Tensor | None) -> dict[str, float]:
-    """Least microseconds of each form. After a sweep its twin runs first: weights are cold, code is warm."""
+    """Least microseconds of each form. After a sweep its twin runs first: other weights were read, code is warm."""
     took: dict[str, list[float]] = {name: [] for name in forms}
     for number in range(ROUNDS):
         best = min((min(t) for t in took.values() if t), default=0.0)

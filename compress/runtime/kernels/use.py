@@ -17,7 +17,7 @@ from ...mapped import only_lets_go
 from ..codebook import Codebook
 from ..grid import Grid
 from .linear import KernelLinear
-from .measure import COUNTS, LIMITS, MANY, SWEPT, activations, choose, keep_times, kind, machine, measure, read_times
+from .measure import COUNTS, LIMITS, MANY, activations, choose, keep_times, kind, machine, measure, read_times
 from .step import Steps, obstacle
 from .table import KERNELS, check
 
@@ -58,7 +58,7 @@ def use_kernels(
         dtype = getattr(torch, known[stored])
     table: dict[str, Any] = here.setdefault("linears", {}).setdefault(_name(dtype), {})
     refs = [ref for unit in view.units for ref in unit.linears if type(ref.module) is nn.Linear]
-    cold = 2 * sum(p.numel() for p in view.model.parameters()) > SWEPT
+    whole = 2 * sum(p.numel() for p in view.model.parameters())  # bytes, in 16 bits
     kinds: dict[str, dict[str, Any]] = {}
     dense: dict[str, str] = {}
     used: set[str] = set()
@@ -75,7 +75,7 @@ def use_kernels(
         name = kind((weight.shape[0], weight.shape[1]), grid)
         used.add(name)
         if name not in table:
-            table[name], measured = measure(weight, bias, grid, dtype, cold=cold), True
+            table[name], measured = measure(weight, bias, grid, dtype, model=whole), True
         us = table[name]["us"]
         if ref.unit.tokens == "image":
             name, us = f"{name}, of pictures", {count: times for count, times in us.items() if int(count) >= MANY}

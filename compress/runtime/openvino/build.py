@@ -20,19 +20,7 @@ from ..activations import remove
 from ..codebook import integer_grids
 from ..kv_cache import installed as kv_form
 from .constants import Counts
-from .convert import (
-    EMBEDDING,
-    HEAD,
-    LANGUAGE,
-    Image,
-    Rows,
-    Seen,
-    convert_decoder,
-    convert_part,
-    fix_shapes,
-    free_number,
-    observe,
-)
+from .convert import EMBEDDING, HEAD, LANGUAGE, Image, Rows, Seen, convert_decoder, convert_part, fix_shapes, observe
 from .model import Graph, LanguageState, OpenVINOModel, mask_kinds
 
 FORMAT = 4  # of what is kept on disk; another number is made anew
@@ -117,7 +105,7 @@ def _key(view: ModelView, seen: Seen, ov: Any) -> str:
         ov.__version__,
         grids,
         sorted(view.activations.items()),
-        {path: (call.shapes, len(seen.examples[path][0]) > 1) for path, call in seen.calls.items()},
+        {path: call.shapes for path, call in seen.calls.items()},
     )
     digest.update(repr(facts).encode())
     return digest.hexdigest()
@@ -130,10 +118,7 @@ def _convert(
     for path, call in seen.calls.items():
         module = Image(view.model.get_submodule(path), call)
         made[path] = convert_part(view, module, path, tuple(t[:1].contiguous() for t in seen.examples[path]))
-        if len(seen.examples[path][0]) > 1:  # a prompt of several pictures, or of one in several tiles
-            free_number(made[path][0], call.shapes)
-        else:
-            fix_shapes(made[path][0], [[1, *sizes] for sizes in call.shapes])
+        fix_shapes(made[path][0], [[1, *sizes] for sizes in call.shapes])
     names = {id(module): path for path, module in view.model.named_modules()}
     embedding, head = view.model.get_input_embeddings(), view.model.get_output_embeddings()
     made[EMBEDDING] = convert_part(view, Rows(embedding), names[id(embedding)], (torch.zeros(1, 2, dtype=torch.long),))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -325,19 +324,6 @@ def fix_shapes(graph: Any, shapes: list[list[int]]) -> None:
     import openvino as ov
 
     graph.reshape({port: ov.PartialShape(shape) for port, shape in zip(graph.inputs, shapes)})
-
-
-def free_number(graph: Any, shapes: list[tuple[int, ...]]) -> None:
-    """Let a graph that was traced with one picture take any number at once; one alone where the trace holds on to that.
-
-    Args:
-        shapes: of one picture, by input, the batch dimension left out.
-    """
-    with suppress(RuntimeError):  # shapes that do not go together
-        fix_shapes(graph, [[-1, *sizes] for sizes in shapes])
-        if all(port.get_partial_shape()[0].is_dynamic for port in graph.outputs):
-            return
-    fix_shapes(graph, [[1, *sizes] for sizes in shapes])
 
 
 def make_stateful(graph: Any, first: int) -> None:

@@ -15,8 +15,6 @@ from ...errors import UsageError
 from ..greedy import Wish, answer, beyond, given
 from .convert import EMBEDDING, HEAD, MASKED, Call
 
-AT_ONCE = 2  # pictures in one run of a tower that takes any number: more are no faster, and take more memory
-
 
 class Graph:
     """A compiled graph with one request: arrays in, arrays out. Outputs are valid until the next run."""
@@ -24,8 +22,6 @@ class Graph:
     def __init__(self, compiled: Any) -> None:
         self.compiled = compiled
         self.request = compiled.create_infer_request()
-        first = compiled.inputs[0].get_partial_shape()[0]
-        self.at_once = AT_ONCE if first.is_dynamic else first.get_length()  # pictures in one run
         self.held: list[Any] = []
 
     def run(self, *inputs: np.ndarray) -> list[np.ndarray]:
@@ -133,7 +129,7 @@ def _additive(mask: Any, rows: int, new: int) -> Tensor:
 
 
 def run_image(graph: Graph, call: Call, args: tuple, kwargs: Mapping[str, Any], where: str) -> Any:
-    """A tower's or connector's output, some pictures at a time.
+    """A tower's or connector's output, picture by picture: several at once take as long.
 
     Raises:
         UsageError: pictures of another size than the graph was made for.
@@ -148,10 +144,14 @@ def run_image(graph: Graph, call: Call, args: tuple, kwargs: Mapping[str, Any], 
             change="give pictures as the model's processor makes them, or svlm.load(..., example=batch) with such ones",
         )
     arrays = [array(t) for t in tensors]
-    step = graph.at_once
-    starts = range(0, len(arrays[0]), step)
-    each = [[out.copy() for out in graph.run(*(a[i : i + step] for a in arrays))] for i in starts]
-    return call.output([torch.from_numpy(np.concatenate(parts)) for parts in zip(*each)])
+    found: list[Tensor] = []
+    for i in range(len(arrays[0])):
+        outs = graph.run(*(a[i : i + 1] for a in arrays))
+        if not found:
+            found = [torch.empty(len(arrays[0]), *out.shape[1:]) for out in outs]
+        for whole, out in zip(found, outs):
+            whole[i : i + 1] = torch.from_numpy(out)
+    return call.output(found)
 
 
 class OpenVINOModel:
