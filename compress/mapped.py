@@ -30,7 +30,9 @@ PAGE = mmap.ALLOCATIONGRANULARITY
 SLAB = 16 << 20  # bytes
 SHARE = 0.25  # of the free memory: a model that takes more in float32 is mapped
 LARGE = 4 << 20  # bytes: data that takes less stays where it is
+FILES = 128  # at a time that data is put away in; each keeps one of the process's open files
 
+_AWAY: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
 _PLACES: dict[int, tuple[weakref.ref[mmap.mmap], int, int]] = {}  # address -> mapping, its offset there, bytes
 
 
@@ -85,10 +87,13 @@ def read_mapped(model: nn.Module, files: list[Path], dtype: torch.dtype) -> bool
 
 
 def put_away(tensor: torch.Tensor) -> torch.Tensor:
-    """The same values in a file; the tensor itself where it is small or not in the processor's memory."""
-    if tensor.nbytes < LARGE or tensor.device.type != "cpu":
+    """The same values in a file; the tensor itself where it is small, on a device, or one file too many."""
+    if tensor.nbytes < LARGE or tensor.device.type != "cpu" or len(_AWAY) >= FILES:
         return tensor
     (home,) = _homes([tensor])
+    mapping = _PLACES[home.data_ptr()][0]()
+    assert mapping is not None
+    _AWAY.add(mapping)
     home.copy_(tensor)
     release(home)
     hand_back()  # what the original took

@@ -93,6 +93,17 @@ def test_large_data_is_put_away_and_comes_back() -> None:
     assert batch.original["pixel_values"].data_ptr() in mapped._PLACES
 
 
+def test_not_every_open_file_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    gc.collect()
+    monkeypatch.setattr(mapped, "FILES", len(mapped._AWAY) + 2)
+    data = [torch.zeros(1 << 20) for _ in range(4)]
+    homes = [mapped.put_away(tensor) for tensor in data]
+    assert [home is tensor for home, tensor in zip(homes, data)] == [False, False, True, True]
+    del homes
+    gc.collect()
+    assert mapped.put_away(data[0]) is not data[0], "files that nobody needs any more are closed"
+
+
 def test_a_walk_lets_go_of_pictures() -> None:
     view, batch = view_of(zoo.model("llava")), zoo.batch("llava", samples=2)
     size = batch["pixel_values"].numel()
