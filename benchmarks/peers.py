@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -201,6 +202,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200, help="of auto-round")
     parser.add_argument("--out", type=Path, required=True)
     o = parser.parse_args()
+    o.model, o.batches, o.out = (path.resolve() for path in (o.model, o.batches, o.out))
+    with tempfile.TemporaryDirectory() as folder:  # gptqmodel writes its logs where it is started
+        os.chdir(folder)
+        work(o)
+
+
+def work(o: argparse.Namespace) -> None:
     torch.manual_seed(0)
     batches = read_batches(o.batches)
     quantize = PEERS[o.peer]
