@@ -11,6 +11,7 @@ from ..compress.anatomy import LinearRef, Unit
 from ..compress.base import Json
 from ..compress.errors import WorkFailed
 from ..compress.mapped import hand_back, only_lets_go
+from ..compress.runtime.merge import merging_of
 from .drift import drift
 from .narrow import narrow_weights
 from .replay import Arrived, Call, patched, recording, replaying, samples, swapped, watching
@@ -135,7 +136,7 @@ class WalkUnit:
 
     def _finished(self) -> Iterator[tuple[str, torch.nn.Module]]:
         """The children of the unit with linears that no longer change, nor does anything before these."""
-        if self._walk._runs_differ():
+        if self._walk._runs_differ() or merging_of(self.unit.module) is not None:  # merging reads keys inside attention
             return
         for name, child in self.unit.module.named_children():
             inside = [ref for ref in self.unit.linears if ref.path.startswith(f"{self.unit.path}.{name}.")]

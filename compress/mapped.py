@@ -25,12 +25,13 @@ import torch
 from torch import nn
 
 from .disk import disk_errors
+from .errors import OutputError, WorkFailed
 
 PAGE = mmap.ALLOCATIONGRANULARITY
 SLAB = 16 << 20  # bytes
 SHARE = 0.25  # of the free memory: a model that takes more in float32 is mapped
 LARGE = 4 << 20  # bytes: data that takes less stays where it is
-FILES = 128  # at a time that data is put away in; each keeps one of the process's open files
+SHARE_OF_FILES = 8  # data is put away in at most one in so many of the files that a process may have open
 
 _AWAY: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
 _PLACES: dict[int, tuple[weakref.ref[mmap.mmap], int, int]] = {}  # address -> mapping, its offset there, bytes
@@ -87,10 +88,16 @@ def read_mapped(model: nn.Module, files: list[Path], dtype: torch.dtype) -> bool
 
 
 def put_away(tensor: torch.Tensor) -> torch.Tensor:
-    """The same values in a file; the tensor itself where it is small, on a device, or one file too many."""
-    if tensor.nbytes < LARGE or tensor.device.type != "cpu" or len(_AWAY) >= FILES:
+    """The same values in a file; the tensor itself where it is small, on a device, or there is no room for a file.
+
+    The file is shared with processes that are forked from this one.
+    """
+    if tensor.nbytes < LARGE or tensor.device.type != "cpu" or len(_AWAY) >= _most_files():
         return tensor
-    (home,) = _homes([tensor])
+    try:
+        (home,) = _homes([tensor])
+    except (OSError, WorkFailed, OutputError):
+        return tensor
     mapping = _PLACES[home.data_ptr()][0]()
     assert mapping is not None
     _AWAY.add(mapping)
@@ -98,6 +105,14 @@ def put_away(tensor: torch.Tensor) -> torch.Tensor:
     release(home)
     hand_back()  # what the original took
     return home
+
+
+def _most_files() -> int:
+    try:
+        from resource import RLIMIT_NOFILE, getrlimit
+    except ImportError:  # Windows: the C library's limit
+        return 512 // SHARE_OF_FILES
+    return getrlimit(RLIMIT_NOFILE)[0] // SHARE_OF_FILES
 
 
 def release(tensor: torch.Tensor) -> None:

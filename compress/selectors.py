@@ -9,7 +9,8 @@
     connector.language_projection  a unit by its name
     *.layers.*.mlp.*               an fnmatch pattern over dotted module paths (anything that holds a ``*``)
 
-A list means all that any of its entries selects; None means everything but the head.
+A list means all that any of its entries selects; None means everything but the head. A part that this model lacks, or
+that has no linear layers (Gemma 3's connector), adds nothing to a list; anything else that selects nothing is an error.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from .errors import SelectorError
+from .families import PARTS
 
 if TYPE_CHECKING:
     from .anatomy import LinearRef, Unit
@@ -34,7 +36,7 @@ def select_linears(units: Sequence[Unit], where: Where) -> tuple[LinearRef, ...]
     """The linears that `where` selects, in forward order.
 
     Raises:
-        SelectorError: an entry selects nothing; the message lists what there is.
+        SelectorError: an entry, or a list of parts as a whole, selects nothing; the message lists what there is.
     """
     everything = [ref for unit in units for ref in unit.linears]
     if where is None:
@@ -45,9 +47,11 @@ def select_linears(units: Sequence[Unit], where: Where) -> tuple[LinearRef, ...]
         raise SelectorError("the selector is an empty list", change=_menu(units))
     for entry in entries:
         found = {ref.path for ref in _match(units, everything, entry)}
-        if not found:
+        if not found and (entry not in PARTS or len(entries) == 1):
             raise SelectorError(f"the selector '{entry}' matches no linear layer", change=_menu(units))
         chosen |= found
+    if not chosen:
+        raise SelectorError(f"the selector {list(entries)} matches no linear layer", change=_menu(units))
     return tuple(ref for ref in everything if ref.path in chosen)
 
 
@@ -87,6 +91,7 @@ def _indices(text: str, count: int, entry: str) -> list[int]:
 def _menu(units: Sequence[Unit]) -> str:
     """What a selector could say about this model."""
     lines = []
+    units = [unit for unit in units if unit.linears]
     for part in dict.fromkeys(unit.part for unit in units):
         of_part = [unit for unit in units if unit.part == part]
         blocks = sum(unit.index is not None for unit in of_part)

@@ -157,7 +157,7 @@ def phases(
         "vision": vision,
         "prefill": tuple(max(f - v, 0.0) for v, f, _ in pairs),  # type: ignore[dict-item]
         "first_token": first,
-        "decode_per_token": tuple(max(w - f, 0.0) / max(1, tokens - 1) for _, f, w in pairs),  # type: ignore[dict-item]
+        "decode_per_token": tuple(max(w - f, 0.0) / (tokens - 1) if tokens > 1 else 0.0 for _, f, w in pairs),  # type: ignore[dict-item]
         "end_to_end": whole,
     }
 

@@ -14,13 +14,15 @@ import torch
 # what asks for nothing, where that is neither None nor False (0 would be a value like any other of most settings)
 NEUTRAL: dict[str, float] = {
     "num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
-    "min_new_tokens": 0, "min_length": 0, "use_cache": True,
+    "min_new_tokens": 0, "min_length": 0, "use_cache": True, "num_beam_groups": 1, "diversity_penalty": 0.0,
+    "encoder_no_repeat_ngram_size": 0, "encoder_repetition_penalty": 1.0,
 }  # fmt: skip
 READ = {"max_new_tokens", "eos_token_id", "pad_token_id"}
 # settings without a say in a greedy answer whose length is given
 IDLE = {
     "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "max_length",
-    "bos_token_id", "decoder_start_token_id", "transformers_version", "_from_model_config",
+    "bos_token_id", "decoder_start_token_id", "transformers_version", "_from_model_config", "length_penalty",
+    "num_assistant_tokens",
 }  # fmt: skip
 
 
@@ -62,7 +64,8 @@ def beyond(model: Any, asked: Mapping[str, Any]) -> tuple[str, Any] | None:
     config = model.generation_config
     settings = given(config) | {k: v for k, v in asked.items() if k in vars(config)}
     for key, value in settings.items():
-        neutral = value is None or (value == NEUTRAL[key] if key in NEUTRAL else value is False)
+        nothing = value is None or value is False or (isinstance(value, (list, tuple, dict)) and not value)
+        neutral = nothing if key not in NEUTRAL or value is None else value == NEUTRAL[key]
         if not neutral and key not in READ | IDLE:
             return key, value
     return next(((key, asked[key]) for key in _arguments() if asked.get(key) is not None), None)

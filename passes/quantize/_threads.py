@@ -10,7 +10,10 @@ import torch
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Inside (or in a function that it decorates) torch computes with one thread, afterwards with as many as before."""
+    """Inside (or in a function that it decorates) torch computes with one thread, afterwards with as many as before.
+
+    Of this Python thread: one that is begun meanwhile computes with one thread until it is told otherwise.
+    """
     threads = torch.get_num_threads()
     if threads == 1:
         yield

@@ -101,6 +101,8 @@ def test_other_settings_are_left_to_transformers(setting: dict[str, Any]) -> Non
     asked = batch | {"max_new_tokens": 5}
     assert plain_wish(view.model, asked) is not None
     assert plain_wish(view.model, asked | setting) is None
+    idle = {"length_penalty": 1.0, "num_beam_groups": 1, "suppress_tokens": [], "encoder_repetition_penalty": 1.0}
+    assert plain_wish(view.model, asked | idle) is not None
 
 
 def test_what_is_no_single_prompt_is_left_to_transformers() -> None:

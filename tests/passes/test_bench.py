@@ -27,6 +27,11 @@ def test_phases_are_differences() -> None:
     }
 
 
+def test_an_answer_of_one_token_says_nothing_of_further_ones() -> None:
+    made = phases((10.0, 9.0), (15.0, 14.0), (16.0, 15.0), 1)
+    assert made["decode_per_token"] == (0.0, 0.0) and made["end_to_end"] == (16.0, 15.0)
+
+
 def test_ratios_and_where_it_does_not_pay() -> None:
     made = compare({"against": row(10, 5, 2, 77), "out": row(5, 10, 0.5, 76.9) | {"bytes": 25}})
     assert made["clock"] == "ms"

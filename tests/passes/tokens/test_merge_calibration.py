@@ -9,6 +9,7 @@ import torch
 
 from svlm.calib.cost import cost
 from svlm.calib.walk import Walk
+from svlm.calib.walk_unit import WalkUnit
 from svlm.compress.anatomy import view_of
 from svlm.compress.errors import ModelError, Unmet
 from svlm.compress.pipeline import apply_pass
@@ -18,7 +19,7 @@ from tests import zoo
 
 from .helpers import logits
 from .test_calibration import Weights
-from .test_merge import CONSTANT, context, with_merging
+from .test_merge import CONSTANT, MERGED, context, with_merging
 
 
 @pytest.mark.parametrize("family", ["llava", "smolvlm", "internvl"])
@@ -43,6 +44,19 @@ def test_calibration_sees_what_inference_sees(family):
             if block.part == "vision":
                 assert bool((stat.weights[0] == 1).all())
     torch.testing.assert_close(walk.replay(0).logits, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", MERGED)
+def test_a_merging_tower_is_rounded_as_if_nothing_were_remembered(family, monkeypatch):
+    """Merging reads the keys inside attention, which has to run for that."""
+    rounded = []
+    for settling in (True, False):
+        if not settling:
+            monkeypatch.setattr(WalkUnit, "settle", lambda *_: None)
+        view = with_merging(family)
+        apply_pass(GPTQ(group=-1, where="vision"), view, context(view, zoo.batch(family, 2)))
+        rounded.append({ref.path: ref.module.weight.detach().clone() for ref in view.linears("vision")})
+    assert rounded[0] and all(torch.equal(weight, rounded[1][path]) for path, weight in rounded[0].items())
 
 
 def test_later_blocks_are_walked_alone():
