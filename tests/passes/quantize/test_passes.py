@@ -47,6 +47,16 @@ def test_the_ladder_goes_up_in_bits_and_ends(kind: type[RTN] | type[GPTQ]) -> No
     assert rungs == [(2, 8, False, *same), (3, 8, False, *same), (4, 8, False, *same), (8, 8, True, *same)]
 
 
+@pytest.mark.parametrize("family", ["gemma3", "donut", "trocr"])
+def test_parts_that_a_model_lacks_are_no_part_of_the_default(family: str) -> None:
+    """Gemma 3's connector has no linear layer; some encoder-decoders have no connector."""
+    view, notes = run(GPTQ(group=-1), fresh(family), [zoo.batch(family, samples=2)])
+    assert notes.numbers["linears"] == len(view.linears(("vision", "language"))) > 0
+    for wrong in ("connector", ["connector"], ["vision", "conector"], ["vision", "connector.projection"]):
+        with pytest.raises(SelectorError, match=r"conn?ector"):
+            view.linears(wrong)
+
+
 @pytest.mark.parametrize("kind", [RTN, GPTQ])
 def test_what_is_refused_before_a_weight_is_touched(kind: type[RTN] | type[GPTQ]) -> None:
     view = fresh()
