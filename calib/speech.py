@@ -99,7 +99,7 @@ class Speech:
 
     @cached_property
     def fit(self) -> list[Mapping[str, Any]]:
-        """The fit split as model-ready batches; the pictures lie in a file that is read as they are asked for."""
+        """The fit split as model-ready batches; large pictures lie in files, read when asked for."""
         (self.first or self.judge).answered(self.data.fit)  # all at once: what is asked is remembered
         starts = range(0, len(self.data.fit), self.batch_size)
         return [_put_away(self.encode(self.data.fit[start : start + self.batch_size])) for start in starts]

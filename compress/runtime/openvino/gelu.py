@@ -1,6 +1,6 @@
 """GELU's tanh form (Hendrycks & Gimpel, arXiv 1606.08415) by its exact form where what is rounded next hides the rest.
 
-The two differ by less than 0.0005 anywhere, and OpenVINO takes twice as long for tanh as for the error function. Where
+The two differ by less than 0.0005 anywhere, and OpenVINO's kernel for the error function is the faster one. Where
 nothing but calibrated rounding to steps many times as large reads it, the exact form gives the same integers but for
 values that are almost on the edge between two.
 """
