@@ -20,6 +20,7 @@ from svlm.compress.anatomy import view_of
 from svlm.compress.base import Context
 from svlm.compress.errors import UsageError
 from svlm.compress.runtime.grid import Grid, dequantize
+from svlm.compress.runtime.kernels import measure as measuring
 from svlm.compress.runtime.kernels import use
 from svlm.compress.runtime.kernels.linear import KernelLinear
 from svlm.compress.runtime.kernels.measure import choose, kind, machine, measure
@@ -122,6 +123,21 @@ def test_measuring_drops_and_names_what_is_wrong_here(monkeypatch: pytest.Monkey
     assert made["dropped"]["int4"].startswith("off by") and "no such operator" in made["dropped"]["float16w"]
     assert all(set(row) == {"float32", "bfloat16", "unpack"} for row in made["us"].values())
     assert all(us > 0 for row in made["us"].values() for us in row.values())
+
+
+def test_few_tokens_are_timed_after_the_rest_of_the_model_was_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many bytes as the model has, or as are said to be enough; what many tokens take is not bound by them."""
+    weight, grid = lying(4, 32, False)
+    swept: dict[int, int] = {}
+
+    def race(forms: Any, x: torch.Tensor, sweep: torch.Tensor | None) -> dict[str, float]:
+        swept[len(x)] = 0 if sweep is None else sweep.nbytes
+        return dict.fromkeys(forms, 1.0)
+
+    monkeypatch.setattr(measuring, "_race", race)
+    for model, wanted in ((1 << 20, 1 << 20), (1 << 40, measuring.SWEPT)):
+        measure(weight, None, grid, torch.float32, model=model)
+        assert swept == {1: wanted, 8: wanted, 64: 0, 512: 0}
 
 
 def test_a_linear_takes_its_form_by_the_number_of_tokens() -> None:
