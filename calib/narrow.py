@@ -18,7 +18,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 from ..compress.anatomy import ModelView, Unit
-from ..compress.mapped import release
+from ..compress.mapped import all_away, is_mapped, release
 from ..compress.runtime.merge import carried
 from .replay import patched, swapped
 
@@ -58,13 +58,20 @@ def narrowing(units: Iterable[Unit], dtype: torch.dtype | None) -> Iterator[None
 
 
 @contextmanager
-def narrow_weights(unit: Unit, dtype: torch.dtype | None) -> Iterator[None]:
-    """Inside, the unit's linears hold their weights in `dtype`: made so once, and not at every call."""
+def narrow_weights(units: Iterable[Unit], dtype: torch.dtype | None, away: bool = False) -> Iterator[None]:
+    """Inside, the units' linears hold their weights in `dtype`: made so once, and not at every call.
+
+    Args:
+        away: those of a model whose own weights lie in a file lie in one too.
+    """
     held: dict[Any, torch.Tensor] = {}
-    if dtype is not None and unit.part != "head":
-        for ref in unit.linears:
-            held[ref.module] = ref.module.weight.detach().to(dtype)
-            release(ref.module.weight)
+    for unit in units if dtype is not None else ():
+        modules = [ref.module for ref in unit.linears if unit.part != "head"]
+        made = []
+        for module in modules:
+            made.append(module.weight.detach().to(dtype))
+            release(module.weight)
+        held |= zip(modules, all_away(made) if away and any(is_mapped(m.weight) for m in modules) else made)
     with swapped(held):
         yield
 

@@ -10,13 +10,14 @@ comes from the system's file cache, or from the disk where memory is short. The 
 from __future__ import annotations
 
 import ctypes
+import itertools
 import math
 import mmap
 import os
 import sys
 import tempfile
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -47,10 +48,8 @@ def worth_mapping(parameters: int) -> bool:
 def map_weights(model: nn.Module) -> None:
     """Move all parameters of `model` into a file of its own; their values stay."""
     parameters = list(model.parameters())
-    for parameter, home in zip(parameters, _homes(parameters), strict=True):
-        home.copy_(parameter.data)
+    for parameter, home in zip(parameters, _homes(parameters, parameters), strict=True):
         parameter.data = home
-        release(home)
     _let_go_after_use(model)
 
 
@@ -71,17 +70,21 @@ def read_mapped(model: nn.Module, files: list[Path], dtype: torch.dtype) -> bool
     names = set(dict(model.named_parameters(remove_duplicate=False)))
     if set(model.state_dict()) != names or not set(wanted) <= set(where) <= names:
         return False
-    shapes = [torch.empty(p.shape, dtype=dtype, device="meta") for p in wanted.values()]
-    for name, home in zip(wanted, _homes(shapes), strict=True):
+    for path in set(where.values()):
+        with safe_open(str(path), "pt") as file:
+            for name in (n for n in wanted if where[n] == path):
+                if tuple(file.get_slice(name).get_shape()) != tuple(wanted[name].shape):
+                    return False
+
+    def saved(name: str) -> torch.Tensor:
         with safe_open(str(where[name]), "pt") as file:  # opened anew: its pages are let go of
-            saved = file.get_tensor(name)
-            if saved.shape != home.shape:
-                return False
-            home.copy_(saved)
+            return file.get_tensor(name)
+
+    shapes = [torch.empty(p.shape, dtype=dtype, device="meta") for p in wanted.values()]
+    for name, home in zip(wanted, _homes(shapes, map(saved, wanted)), strict=True):
         owner, _, key = name.rpartition(".")
         module = model.get_submodule(owner)
         vars(module)["_parameters"][key] = nn.Parameter(home, requires_grad=wanted[name].requires_grad)
-        release(home)
     model.tie_weights()  # type: ignore[operator]
     _let_go_after_use(model)
     return not any(p.is_meta for p in model.parameters())
@@ -92,19 +95,23 @@ def put_away(tensor: torch.Tensor) -> torch.Tensor:
 
     The file is shared with processes that are forked from this one.
     """
-    if tensor.nbytes < LARGE or tensor.device.type != "cpu" or len(_AWAY) >= _most_files():
-        return tensor
+    return all_away([tensor])[0]
+
+
+def all_away(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """`put_away` of several, in one file."""
+    size = sum(tensor.nbytes for tensor in tensors)
+    if size < LARGE or any(t.device.type != "cpu" for t in tensors) or len(_AWAY) >= _most_files():
+        return list(tensors)
     try:
-        (home,) = _homes([tensor])
+        homes = _homes(tensors, tensors)
     except (OSError, WorkFailed, OutputError):
-        return tensor
-    mapping = _PLACES[home.data_ptr()][0]()
+        return list(tensors)
+    mapping = next(_PLACES[home.data_ptr()][0]() for home in homes if home.numel())
     assert mapping is not None
     _AWAY.add(mapping)
-    home.copy_(tensor)
-    release(home)
-    hand_back()  # what the original took
-    return home
+    hand_back()  # what the originals took
+    return homes
 
 
 def _most_files() -> int:
@@ -115,6 +122,11 @@ def _most_files() -> int:
     return getrlimit(RLIMIT_NOFILE)[0] // SHARE_OF_FILES
 
 
+def is_mapped(tensor: torch.Tensor) -> bool:
+    """Whether the tensor's memory is a file's."""
+    return tensor.device.type == "cpu" and tensor.data_ptr() in _PLACES
+
+
 def release(tensor: torch.Tensor) -> None:
     """Let go of the memory of a mapped tensor until it is read again; nothing for any other."""
     mapped = tensor.device.type == "cpu" and sys.platform == "linux"  # elsewhere the system alone decides
@@ -123,10 +135,25 @@ def release(tensor: torch.Tensor) -> None:
         file.madvise(mmap.MADV_DONTNEED, place[1], place[2])
 
 
-def hand_back() -> None:
-    """Give the system what is free: glibc keeps it, in pieces between what is in use, and the process only grows."""
+def hand_back(least: int = 0) -> None:
+    """Give the system what is free: glibc keeps it, in pieces between what is in use, and the process only grows.
+
+    Args:
+        least: nothing is done where fewer bytes are free: what is handed back is soon asked for again, page by page.
+    """
     with suppress(OSError, AttributeError, TypeError):  # another C library does as it likes
-        ctypes.CDLL(None).malloc_trim(0)
+        libc = ctypes.CDLL(None)
+        if least:
+            libc.mallinfo2.restype = _MallInfo
+        if not least or libc.mallinfo2().fordblks >= least:
+            libc.malloc_trim(0)
+
+
+class _MallInfo(ctypes.Structure):
+    """glibc's struct mallinfo2."""
+
+    names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
 
 
 def slabs(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -155,23 +182,33 @@ def on_meta() -> Iterator[None]:
         yield
 
 
-def _homes(tensors: list[Any]) -> list[torch.Tensor]:
-    """Tensors of these shapes and dtypes in one new file, each from the beginning of a page."""
-    sizes = [math.ceil(max(t.numel() * t.element_size(), 1) / PAGE) * PAGE for t in tensors]
-    room = f"set TMPDIR to a folder with {max(sum(sizes), PAGE) / 1e6:.1f} MB free"
-    with disk_errors(Path(tempfile.gettempdir()), room), tempfile.TemporaryFile() as file:
-        file.truncate(max(sum(sizes), PAGE))
+def _homes(shapes: Sequence[torch.Tensor], values: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """Tensors of the shapes and dtypes of `shapes` with these values, in one new file, each from the start of a page.
+
+    The values are written, not copied into the mapping: that would cost a page fault for every 4 kB.
+    """
+    sizes = [math.ceil(max(t.numel() * t.element_size(), 1) / PAGE) * PAGE for t in shapes]
+    offsets = [0, *itertools.accumulate(sizes)]
+    room = f"set TMPDIR to a folder with {max(offsets[-1], PAGE) / 1e6:.1f} MB free"
+    with disk_errors(Path(tempfile.gettempdir()), room), tempfile.TemporaryFile(buffering=0) as file:
+        file.truncate(max(offsets[-1], PAGE))
         if hasattr(os, "posix_fallocate"):  # a disk that fills up later would end the process
-            os.posix_fallocate(file.fileno(), 0, max(sum(sizes), PAGE))
+            os.posix_fallocate(file.fileno(), 0, max(offsets[-1], PAGE))
+        for tensor, offset, value in zip(shapes, offsets, values, strict=False):
+            file.seek(offset)
+            for part in slabs(value):
+                plain = part.detach().to("cpu", tensor.dtype).contiguous().view(-1).view(torch.uint8)
+                left = plain.numpy().data
+                while left:
+                    left = left[file.write(left) :]
         mapping = mmap.mmap(file.fileno(), 0)
-    homes, offset = [], 0
-    for tensor, size in zip(tensors, sizes, strict=True):
+    homes = []
+    for tensor, offset, size in zip(shapes, offsets, sizes, strict=False):
         home = torch.empty(0, dtype=tensor.dtype)
         if tensor.numel():
             home = torch.frombuffer(mapping, dtype=tensor.dtype, count=tensor.numel(), offset=offset)
             _PLACES[home.data_ptr()] = (weakref.ref(mapping), offset, size)
         homes.append(home.reshape(tensor.shape))
-        offset += size
     addresses = [home.data_ptr() for home in homes]
     weakref.finalize(mapping, _forget, addresses)
     return homes

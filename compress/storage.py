@@ -23,7 +23,7 @@ from .export import bnb
 from .export.compressed_tensors import PLAIN_FILE, packed_state, plain_grids, quantization_config, unpack_state
 from .families import Family
 from .ledger import SCHEMA, Ledger, Record
-from .mapped import map_weights, on_meta, read_mapped, release, slabs, worth_mapping
+from .mapped import hand_back, map_weights, on_meta, read_mapped, release, slabs, worth_mapping
 from .runtime.codebook import codebooks, integer_grids
 from .uneven import adopt, fill
 
@@ -87,6 +87,7 @@ def load_model(
     view.storage_dtype = storage
     round_to_storage(view)  # a checkpoint may be finer than its config says
     check_finite(view, str(spec))
+    hand_back()  # what lay in memory on its way into a mapped file
     return view
 
 
@@ -266,7 +267,9 @@ def round_to_storage(view: ModelView) -> None:
         for tensor in view.model.state_dict().values():
             if tensor.is_floating_point() and tensor.dtype != view.storage_dtype:
                 for part in slabs(tensor):
-                    part.copy_(part.to(view.storage_dtype))
+                    rounded = part.to(view.storage_dtype).to(part.dtype)
+                    if not torch.equal(rounded, part):  # what is not written stays as it is in a mapped file
+                        part.copy_(rounded)
 
 
 def save(view: ModelView, folder: str | Path) -> int:

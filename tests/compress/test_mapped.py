@@ -108,8 +108,7 @@ def test_not_every_open_file_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_walk_lets_go_of_pictures() -> None:
     view, batch = view_of(zoo.model("llava")), zoo.batch("llava", samples=2)
     size = batch["pixel_values"].numel()
-    (whole,) = mapped._homes([batch["pixel_values"]])
-    whole.copy_(batch["pixel_values"])
+    (whole,) = mapped._homes([batch["pixel_values"]], [batch["pixel_values"]])
     for _ in Walk(view, [batch | {"pixel_values": whole}], "language.blocks[0]"):
         assert size and resident(whole) == 0
 
