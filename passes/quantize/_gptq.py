@@ -246,45 +246,45 @@ def inverse_factor(h: torch.Tensor, damp: float) -> tuple[torch.Tensor | None, i
 
     Float64; columns without input get a 1 on the diagonal. None if H never becomes positive definite.
     """
-    full = h.to(torch.float64, copy=True)
-    diagonal = full.diagonal()
+    diagonal = h.diagonal().double()
     diagonal[diagonal == 0] = 1.0
-    mean, plain = float(diagonal.mean()), diagonal.clone()
-    if mean <= 0 or not bool(full.sum().isfinite()):
+    mean = float(diagonal.mean())
+    if mean <= 0 or not bool(h.sum(dtype=torch.float64).isfinite()):
         return None, 0
     for retry in range(MOST_RETRIES + 1):
-        diagonal.copy_(plain + damp * 10**retry * mean)
-        upper = _inverse_root(full)
-        if upper is not None and bool(upper.sum().isfinite()):
+        upper = h.to(torch.float64, copy=True)
+        upper.diagonal().copy_(diagonal + damp * 10**retry * mean)
+        if _invert_to_root(upper) and bool(upper.sum().isfinite()):
             return upper, retry
     return None, MOST_RETRIES
 
 
-def _inverse_root(h: torch.Tensor) -> torch.Tensor | None:
-    """The upper triangular U with ``U^T U = h^-1``, by halves, so that most of it is products; None: there is none.
+def _invert_to_root(h: torch.Tensor) -> bool:
+    """Make of `h` the upper triangular U with ``U^T U = h^-1``, by halves, so that most of it is products.
 
     ``h = V V^T`` with V upper triangular and ``U = V^-1``. By halves of V: what lies across is known as soon as the
-    right half is, and the left half is that of what is left of h.
+    right half is, and the left half is that of what is left of h. False where there is none; `h` is then of no use.
     """
     size = len(h)
     if size <= LEAF:
         lower, info = torch.linalg.cholesky_ex(h.flip(0, 1))
         if int(info):
-            return None
+            return False
         one = torch.eye(size, dtype=h.dtype, device=h.device)
-        return torch.linalg.solve_triangular(lower.flip(0, 1), one, upper=True)
+        h.copy_(torch.linalg.solve_triangular(lower.flip(0, 1), one, upper=True))
+        return True
     half = size // 2
-    right = _inverse_root(h[half:, half:])
-    if right is None:
-        return None
-    across = h[:half, half:] @ right.T
-    left = _inverse_root(torch.addmm(h[:half, :half], across, across.T, alpha=-1))
-    if left is None:
-        return None
-    found = torch.zeros_like(h)
-    found[:half, :half], found[half:, half:] = left, right
-    found[:half, half:] = (left @ (across @ right)).neg_()
-    return found
+    left, right, corner = h[:half, :half], h[half:, half:], h[:half, half:]
+    if not _invert_to_root(right):
+        return False
+    across = corner @ right.T
+    left.addmm_(across, across.T, alpha=-1)
+    if not _invert_to_root(left):
+        return False
+    torch.mm(left, across @ right, out=corner)
+    corner.neg_()
+    h[half:, :half] = 0.0
+    return True
 
 
 def row_errors(w: torch.Tensor, q: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
