@@ -21,7 +21,7 @@ from ..codebook import integer_grids
 from ..kv_cache import installed as kv_form
 from .constants import Counts
 from .convert import EMBEDDING, HEAD, LANGUAGE, Image, Rows, Seen, convert_decoder, convert_part, fix_shapes, observe
-from .model import Graph, LanguageState, OpenVINOModel, mask_kinds
+from .model import Graph, LanguageState, OpenVINOModel, Pictures, mask_kinds
 
 FORMAT = 4  # of what is kept on disk; another number is made anew
 MANIFEST = "manifest.json"
@@ -83,6 +83,7 @@ def load_openvino(
     native = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     exact = integers_exact(core) if any(count.static for count in counts.values()) else None
     settings = {name: _settings(name, count, threads, native, exact) for name, count in counts.items()}
+    pictures = {name: Pictures(core, sources.pop(name), settings[name]) for name in seen.calls}
     graphs = {name: Graph(core.compile_model(source, "CPU", settings[name])) for name, source in sources.items()}
     _free(view, list(seen.calls))
     notes = {
@@ -93,7 +94,8 @@ def load_openvino(
         "integer_kernels": exact,
         "kv_cache_left_out": kv_form(view.model) is not None,  # the graphs have a cache of their own
     }
-    return OpenVINOModel(view, graphs, LanguageState(graphs[LANGUAGE], view.decoder, kinds, lead), seen.calls, notes)
+    language = LanguageState(graphs[LANGUAGE], view.decoder, kinds, lead)
+    return OpenVINOModel(view, graphs, pictures, language, seen.calls, notes)
 
 
 def _key(view: ModelView, seen: Seen, ov: Any) -> str:
