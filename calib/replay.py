@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import torch
@@ -146,27 +146,51 @@ class Probe:
             self.run(batch)
         self.owners = {owner: inside for owner, inside in self.owners.items() if shapes[owner]}
         outputs = {unit.path: shapes[unit.path] for unit in self.units}
-        for path in self.successor:
-            known = path in self.tapped or not outputs[path]
-            if not known and self._read_elsewhere(batch, outputs, path, {self.successor[path]}):
-                self.tapped.add(path)
+        self._find_taps(batch, outputs)
         tower = self.view.tower_path
         after = {unit.path for unit in self.units if unit.part == "connector" and outputs[unit.path]}
         if tower in self.owners and after and not any(path.startswith(f"{tower}.") for path in after):
             outside = {path: outs for path, outs in outputs.items() if path not in self.owners[tower]}
-            if self._read_elsewhere(batch, outside | {tower: shapes[tower]}, tower, after):
+            if self._read_elsewhere(batch, outside | {tower: shapes[tower]}, [tower], after):
                 self.tapped.add(tower)
             self.readers[tower] = self.readers.get(tower, set()) | after
         return {path: len(outs) for path, outs in shapes.items()}, lengths
 
+    def _find_taps(self, batch: Mapping[str, Any], outputs: dict[str, list[Any]]) -> None:
+        """Which blocks' outputs something besides their successors reads.
+
+        Many blocks are looked at in one run: those whose number has the same bit in the same place, so that any two
+        are apart in some run, and a block that reads another's output is seen in that one.
+        """
+        left = [path for path in self.successor if path not in self.tapped and outputs[path]]
+        while left:
+            halves = [
+                [path for number, path in enumerate(left) if number >> bit & 1 == value]
+                for bit, value in product(range(max((len(left) - 1).bit_length(), 1)), (0, 1))
+            ]
+            leaking = [half for half in halves if half and self._read_elsewhere(batch, outputs, half)]
+            if not leaking:
+                return
+            suspects = [path for path in left if all(half in leaking for half in halves if path in half)] or left
+            self.tapped |= {path for path in suspects if self._read_elsewhere(batch, outputs, [path])}
+            left = [path for path in left if path not in suspects]
+
     def _read_elsewhere(
-        self, batch: Mapping[str, Any], outputs: dict[str, list[Any]], path: str, allowed: set[str]
+        self,
+        batch: Mapping[str, Any],
+        outputs: dict[str, list[Any]],
+        paths: Sequence[str],
+        readers: Collection[str] = (),
     ) -> bool:
-        """Run the model with all of `outputs` stubbed, `path`'s NaN: does NaN reach more than the `allowed`?"""
+        """Run the model with all of `outputs` stubbed, those of `paths` NaN: does NaN reach others than may read it?
+
+        Those are `readers`, by default the successors.
+        """
         leaked = False
+        allowed = readers or {self.successor[path] for path in paths}
 
         def stub(name: str) -> Callable[..., Any]:
-            rest = iter([hollow(out) for out in outputs[name]] if name == path else outputs[name])
+            rest = iter([hollow(out) for out in outputs[name]] if name in paths else outputs[name])
 
             def forward(*args: Any, **kwargs: Any) -> Any:
                 nonlocal leaked
@@ -182,7 +206,7 @@ class Probe:
             except RuntimeError:  # code between the blocks writes into a block's output
                 self.mutates = True
                 return True
-        return leaked or has_nan(final if path in self.successor else final.logits)  # some hand on what the tower said
+        return leaked or has_nan(final.logits if readers else final)  # some hand on what the tower said
 
 
 def relays(call: Call, out: Any, after: Call) -> bool:

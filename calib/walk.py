@@ -31,14 +31,16 @@ from torch.utils._pytree import tree_leaves
 from ..compress.anatomy import LinearRef, ModelView, Unit
 from ..compress.base import Json, Progress, Silent, evaluating
 from ..compress.errors import WorkFailed
-from ..compress.mapped import hand_back, release
+from ..compress.mapped import hand_back, only_lets_go, release
 from ..compress.runtime.activations import installed as rounding_of
+from ..compress.runtime.merge import merging_of
 from ..compress.runtime.rules import read_again
 from ..compress.runtime.seen import Kept, seen
 from ..compress.selectors import Where
 from .balance import Balance
 from .clock import Clock
-from .narrow import narrow_dtype, narrowed, narrowing
+from .joined import Joined, alone, apart, joined
+from .narrow import narrow_dtype, narrow_weights, narrowed, narrowing
 from .replay import (
     Arrived,
     Call,
@@ -106,6 +108,7 @@ class Walk:
         self._weighs = any(ref.unit.tokens != "image" for refs in self._selected.values() for ref in refs)
         self.balance = balance or Balance(view, batches, scratch)
         self._probe: Probe | None = None
+        self._apart: dict[Any, bool] = {}  # stack -> whether its blocks treat samples apart
 
     def __len__(self) -> int:
         return len(self._selected)
@@ -114,7 +117,7 @@ class Walk:
         units = [unit for unit in self._units if unit in self._selected]
         self._memos.clear()
         self.progress.start(self.name, len(units))
-        done = 0
+        restored = 0
         if self._scratch:
             for unit in units:
                 notes = self._scratch.restore(unit)
@@ -122,32 +125,48 @@ class Walk:
                     break
                 self.notes[unit.name] = notes
                 self.progress.step(note=unit.name)
-                done += 1
-        ready: list[list[Call]] = []  # how the next unit is called, where that is known
-        for unit, after in zip(units[done:], [*units[done + 1 :], None]):
+                restored += 1
+        if restored == len(units):
+            units = []
+        calls: list[list[Call]] = []  # how the next unit is called, where that is known
+        runs: list[Joined] = []
+        for number, (unit, after) in enumerate(zip(units, [*units[1:], None])):
             with self._clock.timing("forward"), narrowing(self._units, self._narrow):
-                calls = ready or self._capture(unit)
-            hand_back()
-            current = WalkUnit(self, unit, self._selected[unit], calls)
-            rounding = rounding_of(unit.module)
-            with self._clock.timing("solve"):
-                yield current
-            self.notes[unit.name] = current.notes
-            if self._scratch:
-                with self._clock.timing("write"):
-                    self._scratch.save(unit, current.notes)
-            if after is not None:
+                if not runs:
+                    calls = self._capture(unit)
+                    runs = self._joined(unit, calls)
+                elif not self._joins(unit):
+                    runs = alone(calls)
+            current = WalkUnit(self, unit, self._selected[unit], calls, runs)
+            if number >= restored:  # what was restored is run through as it was the first time: the same bits
+                rounding = rounding_of(unit.module)
+                with self._clock.timing("solve"):
+                    yield current
+                self.notes[unit.name] = current.notes
+                if self._scratch:
+                    with self._clock.timing("write"):
+                        self._scratch.save(unit, current.notes)
                 now = rounding_of(unit.module)  # of a unit that is a linear itself: what was caught has met its hook
                 if now is not None and now is not rounding:
                     calls = [[((now.round(args[0]), *args[1:]), kwargs) for args, kwargs in batch] for batch in calls]
-                current._calls = calls
-                outs = current.replay(lambda _, call: self._run(unit, *call, narrow=True), last=True)  # noqa: B023
-                self._memos[unit.path] = outs
-                ready = relayed(calls, outs) if self._relays(unit, after) else []
+                    runs = alone(calls)
+            if after is not None:
+                current._calls, current._runs = calls, runs
+                outs = current.replay(lambda one: self._run(unit, *one.call, narrow=True), last=True)  # noqa: B023
+                returned: list[list[Any]] = [[] for _ in calls]
+                for one, out in zip(runs, outs, strict=True):
+                    for index, part in zip(one.batches, one.split(out), strict=True):
+                        returned[index].append(part)
+                relays = self._relays(unit, after)
+                calls = relayed(calls, returned) if relays else []
+                runs = [one.relayed(out) for one, out in zip(runs, outs, strict=True)] if relays else []
+                self._memos[unit.path] = returned
+                del outs, returned
                 self._forget()
-            current._calls = calls = []
-            current._remembered.clear()
-            self.progress.step(note=unit.name)
+            current.let_go()
+            hand_back()
+            if number >= restored:
+                self.progress.step(note=unit.name)
         self.progress.done()
 
     def replay(self, index: int) -> Any:
@@ -235,6 +254,7 @@ class Walk:
         if self._probe is None:
             self._probe = Probe(self.view, self._units, self.batches, self._forward)
             self._probe.tapped |= read_again(self.view.model)
+            hand_back()
         probe = self._probe
         ahead = [u for u in self._units[: self._units.index(unit)] if not self._covered(u.path)]
         known = {*self._memos, *(u.path for u in ahead)}
@@ -253,27 +273,28 @@ class Walk:
         finished: list[set[str]] = []  # by batch
         calls: list[list[Call]] = []
         self._shares.clear()
-        for index, batch in enumerate(self.batches):
-            caught: list[Call] = []
-            reached = False
-            patches = self._returning(index)
-            for path, record in records.items():
-                record.append([])
-                patches[self._module(path)] = recording(self._module(path), record[-1], keep.get(path, True))
-            patches[unit.module] = catching(unit.module, caught, probe.calls(batch, unit.path))
-            with evaluating(self.view.model), patched(patches):
-                try:
-                    self._forward(batch)
-                except Arrived:
-                    reached = True
-            kept, before = seen(self.view.model), self._kept[index]
-            self._kept[index] = kept.since(before) if kept else before
-            done = {p for p, record in records.items() if not reached or len(record[-1]) >= probe.calls(batch, p)}
-            for path in (p for p in done if self._unread(p, {*self._memos, *done})):
-                records[path][-1] = [hollow(out) for out in records[path][-1]]
-            finished.append(done)
-            calls.append(caught)
-            hand_back()
+        with narrow_weights(ahead, self._narrow, away=True):
+            for index, batch in enumerate(self.batches):
+                caught: list[Call] = []
+                reached = False
+                patches = self._returning(index)
+                for path, record in records.items():
+                    record.append([])
+                    patches[self._module(path)] = recording(self._module(path), record[-1], keep.get(path, True))
+                patches[unit.module] = catching(unit.module, caught, probe.calls(batch, unit.path))
+                with evaluating(self.view.model), patched(patches):
+                    try:
+                        self._forward(batch)
+                    except Arrived:
+                        reached = True
+                kept, before = seen(self.view.model), self._kept[index]
+                self._kept[index] = kept.since(before) if kept else before
+                done = {p for p, record in records.items() if not reached or len(record[-1]) >= probe.calls(batch, p)}
+                for path in (p for p in done if self._unread(p, {*self._memos, *done})):
+                    records[path][-1] = [hollow(out) for out in records[path][-1]]
+                finished.append(done)
+                calls.append(caught)
+                hand_back()
         if all(done == finished[0] for done in finished):  # else what one batch let go of, another might ask for
             self._memos |= {path: records[path] for path in finished[0]}
         self._forget()
@@ -281,6 +302,35 @@ class Walk:
             change = "calibrate with images"
             raise WorkFailed("no sample reaches this part of the model", where=unit.name, change=change)
         return calls
+
+    def _joined(self, unit: Unit, calls: list[list[Call]]) -> list[Joined]:
+        """The calls of several batches as one where the unit answers as it does to each; frees what they hold twice."""
+        if not self._joins(unit):
+            return alone(calls)
+        kinds = [
+            [masks and masks.text.shape[1:] for ref in unit.linears for masks in [input_masks(self.view, batch, ref)]]
+            for batch in self.batches
+        ]
+        runs = joined(calls, kinds)
+        several = [one for one in runs if len(one.batches) > 1]
+        kind = unit.path if unit.stack is None else unit.stack
+        if several and kind not in self._apart:
+            tolerance = 1e-3 if self._narrow is None else 2 * torch.finfo(self._narrow).eps
+            with narrow_weights([unit], self._narrow):
+                self._apart[kind] = apart(lambda call: self._run(unit, *call), several[0], calls, tolerance)
+        if several and not self._apart[kind]:
+            return alone(calls)
+        for one in several:
+            states = one.split(one.call[0][0])
+            for index, mine in zip(one.batches, states, strict=True):
+                ((_, *args), kwargs) = calls[index][0]
+                calls[index] = [((mine, *args), kwargs)]
+        return runs
+
+    def _joins(self, unit: Unit) -> bool:
+        """Whether the unit has nothing about it that might count calls."""
+        plain = all(only_lets_go(module) for module in unit.module.modules())
+        return plain and not self._runs_differ() and merging_of(unit.module) is None
 
     def _relays(self, unit: Unit, after: Unit) -> bool:
         """Whether a finished unit's outputs and its own arguments are all that `after` is called with."""

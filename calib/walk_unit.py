@@ -13,12 +13,15 @@ from ..compress.errors import WorkFailed
 from ..compress.mapped import hand_back, only_lets_go
 from ..compress.runtime.merge import merging_of
 from .drift import drift
+from .joined import Joined
 from .narrow import narrow_weights
 from .replay import Arrived, Call, patched, recording, replaying, samples, swapped, watching
 from .stats import Stat, TokenWeights
 
 if TYPE_CHECKING:
     from .walk import Walk
+
+SPARE = 64 << 20  # bytes of free memory that a process keeps between two runs
 
 S = TypeVar("S", bound=Stat)
 R = TypeVar("R")
@@ -33,16 +36,18 @@ class WalkUnit:
         notes: JSON values that the pass wants to keep; they survive a kill and are in `Walk.notes`.
     """
 
-    def __init__(self, walk: Walk, unit: Unit, linears: Sequence[LinearRef], calls: list[list[Call]]) -> None:
+    def __init__(
+        self, walk: Walk, unit: Unit, linears: Sequence[LinearRef], calls: list[list[Call]], runs: list[Joined]
+    ) -> None:
         self.unit, self.name, self.part = unit, unit.name, unit.part
         self.linears = tuple(linears)
         stages = (tuple(ref for ref in stage if ref in self.linears) for stage in unit.stages)
         self.stages = tuple(stage for stage in stages if stage)
         self.notes: dict[str, Json] = {}
-        self._walk, self._calls = walk, calls
+        self._walk, self._calls, self._runs = walk, calls, runs
         self._drifts: list[torch.Tensor | None] | None = None  # by batch
         self._settled: set[LinearRef] = set()
-        self._remembered: dict[str, list[list[Any]]] = {}  # child -> call -> what it returned
+        self._remembered: dict[str, list[list[Any]]] = {}  # child -> run -> what it returned
 
     def observe(
         self,
@@ -75,15 +80,17 @@ class WalkUnit:
             kept = self._walk._kept_inside(index, self.unit)
             apart.append({ref for ref in leads.values() if kept and kept.apart(self.unit.module, ref.role)})
 
-        def watch(index: int, call: Call) -> None:
+        def watch(one: Joined) -> None:
             waiting, clock = dict(leads), self._walk._clock
-            watchers = {
-                ref.module: watching(ref, stats[stage], weights[index][stage], waiting, clock, ref in apart[index])
-                for stage, ref in leads.items()
-            }
+            watchers = {}
+            for stage, ref in leads.items():
+                each = [w for index in one.batches if (w := weights[index][stage]) is not None]
+                whole = torch.cat(each) if each else None  # all alike: an image's own, or not
+                in_two = ref in apart[one.batches[0]]
+                watchers[ref.module] = watching(ref, stats[stage], whole, waiting, clock, in_two)
             with patched(watchers):
                 try:
-                    self._walk._run(self.unit, *call, narrow=True)
+                    self._walk._run(self.unit, *one.call, narrow=True)
                 except Arrived:
                     return
             raise WorkFailed(
@@ -104,35 +111,36 @@ class WalkUnit:
         """
         self._settled.update(linears)
 
-    def replay(self, run: Callable[[int, Call], R], last: bool = False) -> list[list[R]]:
-        """`run` of each batch's number and each of its calls, by batch; settled children return what they returned.
+    def replay(self, run: Callable[[Joined], R], last: bool = False) -> list[R]:
+        """`run` of each of the unit's runs; settled children return what they returned.
 
-        The linears' weights are in the dtype that statistics are computed in, once for all calls.
+        The linears' weights are in the dtype that statistics are computed in, once for all runs.
 
         Args:
             last: it will not be called again, and nothing more is remembered.
         """
         settled = {f"{self.unit.path}.{name}": child for name, child in self._finished()}
         fresh: dict[str, list[list[Any]]] = {path: [] for path in settled if path not in self._remembered}
-        found: list[list[R]] = []
-        number = 0
-        with narrow_weights(self.unit, self._walk._narrow):
-            for index, calls in enumerate(self._calls):
-                found.append([])
-                for call in calls:
-                    patches = {}
-                    for path, child in settled.items():
-                        if path in self._remembered:
-                            patches[child] = replaying(path, self._remembered[path][number], False)
-                        elif not last:
-                            fresh[path].append([])
-                            patches[child] = recording(child, fresh[path][-1], True)
-                    with patched(patches):
-                        found[-1].append(run(index, call))
-                    number += 1
+        found: list[R] = []
+        with narrow_weights([self.unit], self._walk._narrow):
+            for number, one in enumerate(self._runs):
+                patches = {}
+                for path, child in settled.items():
+                    if path in self._remembered:
+                        patches[child] = replaying(path, self._remembered[path][number], False)
+                    elif not last:
+                        fresh[path].append([])
+                        patches[child] = recording(child, fresh[path][-1], True)
+                with patched(patches):
+                    found.append(run(one))
         self._remembered |= {path: calls for path, calls in fresh.items() if not last and all(calls)}
-        hand_back()
+        hand_back(SPARE)
         return found
+
+    def let_go(self) -> None:
+        """Free what the unit was called with and what was remembered of it."""
+        self._calls, self._runs = [], []
+        self._remembered.clear()
 
     def _finished(self) -> Iterator[tuple[str, torch.nn.Module]]:
         """The children of the unit with linears that no longer change, nor does anything before these."""

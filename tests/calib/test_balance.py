@@ -200,9 +200,10 @@ def used(view: ModelView, ref: LinearRef, weights: list[torch.Tensor], data: lis
     """The weight of a visual and of a text token, each the same in all batches; padding weighs nothing."""
     kind = ref.unit.cross if ref.role in ("cross.k", "cross.v") else ref.unit.tokens
     masks = [view.token_masks(batch, kind) for batch in data]
-    visual = torch.cat([w[m.vision.flatten()] for w, m in zip(weights, masks, strict=True)])
-    text = torch.cat([w[m.text.flatten()] for w, m in zip(weights, masks, strict=True)])
-    assert not any(w[m.padding.flatten()].any() for w, m in zip(weights, masks, strict=True))
+    every = torch.cat(weights)  # several batches may come together
+    visual, text, padding = (torch.cat([getattr(m, k).flatten() for m in masks]) for k in ("vision", "text", "padding"))
+    assert not every[padding].any()
+    visual, text = every[visual], every[text]
     assert text.unique().numel() == 1 and visual.unique().numel() <= 1
     mean = float(torch.cat([visual, text]).mean())
     assert mean == pytest.approx(1, rel=1e-5)

@@ -203,6 +203,7 @@ def test_the_work_grows_with_the_units_not_with_their_square() -> None:
         unit.observe(Hessian)
     last = counts.pop("language.blocks[2]")
     # the probe's one forward, and one run a batch after the body; observing stops before the last linear
+    assert counts.pop("connector") == 1 + (1 + BATCHES) + 1, "its batches run together, after a try beside them apart"
     assert set(counts.values()) == {1 + BATCHES} and last <= 1 + BATCHES
 
 

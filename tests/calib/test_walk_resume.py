@@ -18,8 +18,9 @@ from svlm.compress.runtime.grid import Grid
 from tests import zoo
 
 
-def batches(family: str) -> list[dict[str, torch.Tensor]]:
-    return [zoo.batch(family, samples=2, seed=0), zoo.batch(family, samples=3, seed=1)]
+def batches(family: str, sizes: tuple[int, ...] = (2, 3)) -> list[dict[str, torch.Tensor]]:
+    """Those of one size have one shape, and run together."""
+    return [zoo.batch(family, samples=size, seed=seed) for seed, size in enumerate(sizes)]
 
 
 def every_part(view: ModelView) -> list[str]:
@@ -61,16 +62,17 @@ def state(view: ModelView) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("family", ["llava", "qwen3-vl", "internvl", "donut", "florence-2"])
 @pytest.mark.parametrize("stop", [2, 5])
-def test_a_killed_walk_goes_on_bit_for_bit(family: str, stop: int, tmp_path: Path) -> None:
-    calm = view_of(zoo.model(family))
-    whole = Walk(calm, batches(family), every_part(calm))
+@pytest.mark.parametrize("sizes", [(2, 3), (2, 2, 2)])
+def test_a_killed_walk_goes_on_bit_for_bit(family: str, stop: int, sizes: tuple[int, ...], tmp_path: Path) -> None:
+    calm, data = view_of(zoo.model(family)), batches(family, sizes)
+    whole = Walk(calm, data, every_part(calm))
     names = list(body(calm, whole))
 
     first = view_of(zoo.model(family))
-    walk = Walk(first, batches(family), every_part(first), scratch=tmp_path)
+    walk = Walk(first, data, every_part(first), scratch=tmp_path)
     assert list(body(first, walk, stop)) == names[: stop + 1]
     again = view_of(zoo.model(family))
-    walk = Walk(again, batches(family), every_part(again), scratch=tmp_path)
+    walk = Walk(again, data, every_part(again), scratch=tmp_path)
     assert list(body(again, walk)) == names[stop:], "finished units are not yielded again"
     assert walk.notes == whole.notes and list(walk.notes) == names
     wanted, found = state(calm), state(again)
@@ -80,7 +82,7 @@ def test_a_killed_walk_goes_on_bit_for_bit(family: str, stop: int, tmp_path: Pat
         p: (g.bits, g.group, g.symmetric) for p, g in again.grids.items()
     }
     done = view_of(zoo.model(family))
-    assert list(body(done, Walk(done, batches(family), every_part(done), scratch=tmp_path))) == []
+    assert list(body(done, Walk(done, data, every_part(done), scratch=tmp_path))) == []
     assert all(torch.equal(wanted[name], tensor) for name, tensor in state(done).items())
 
 
