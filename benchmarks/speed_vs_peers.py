@@ -245,7 +245,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=30, help="of the language model; the tower has 0.4 times as many")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--batch-size", type=int, default=4, help="of svlm; peers take samples one by one")
+    parser.add_argument("--batch-size", type=int, default=2, help="of svlm; peers take samples one by one")
     parser.add_argument("--only", nargs="+", help="tools, of: " + ", ".join([BOUND, *OURS, *PEERS]))
     parser.add_argument("--folder", type=Path, help="where model, batches and weights lie; else a temporary one")
     parser.add_argument("--json", type=Path)

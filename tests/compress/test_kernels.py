@@ -189,7 +189,7 @@ def test_families_answer_as_dequantized(family: str, monkeypatch: pytest.MonkeyP
     assert len(changed) == sum(k["linears"] for k in facts["kinds"].values())
     with torch.no_grad():
         found = view.model(**batch, **_start(view, batch)).logits
-    assert float((found - wanted).norm()) < 0.02 * float(wanted.norm())
+    assert float((found - wanted).norm()) < 0.03 * float(wanted.norm())
     assert not torch.equal(found, wanted)
 
 
