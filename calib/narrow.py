@@ -18,7 +18,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 from ..compress.anatomy import ModelView, Unit
-from ..compress.mapped import all_away, is_mapped, release
+from ..compress.mapped import LARGE, all_away, is_mapped, release
 from ..compress.runtime.merge import carried
 from .replay import patched, swapped
 
@@ -62,7 +62,8 @@ def narrow_weights(units: Iterable[Unit], dtype: torch.dtype | None, away: bool 
     """Inside, the units' linears hold their weights in `dtype`: made so once, and not at every call.
 
     Args:
-        away: those of a model whose own weights lie in a file lie in one too.
+        away: those of a model whose own weights lie in a file lie in one too; where there is no room for it, they are
+            made at every call.
     """
     held: dict[Any, torch.Tensor] = {}
     for unit in units if dtype is not None else ():
@@ -71,7 +72,11 @@ def narrow_weights(units: Iterable[Unit], dtype: torch.dtype | None, away: bool 
         for module in modules:
             made.append(module.weight.detach().to(dtype))
             release(module.weight)
-        held |= zip(modules, all_away(made) if away and any(is_mapped(m.weight) for m in modules) else made)
+        if away and any(is_mapped(module.weight) for module in modules):
+            made = all_away(made)
+            if sum(weight.nbytes for weight in made) >= LARGE and not all(map(is_mapped, made)):
+                continue
+        held |= zip(modules, made)
     with swapped(held):
         yield
 

@@ -14,6 +14,7 @@ from svlm.calib import narrow
 from svlm.calib.balance import measure
 from svlm.calib.stats import MeanSquare
 from svlm.calib.walk import Walk
+from svlm.compress import mapped
 from svlm.compress.anatomy import ModelView, view_of
 from tests import zoo
 
@@ -106,6 +107,25 @@ def test_where_it_is_not_worth_it() -> None:
     with narrow.narrowing(view.units, torch.bfloat16):
         assert all("forward" in unit.module.__dict__ for unit in view.units if unit.part != "head")
     assert [unit.module.__dict__.get("forward") for unit in view.units] == before
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_weights_of_many_units_lie_in_a_file_or_are_made_at_every_call(
+    room: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    view = stored("smolvlm")
+    mapped.map_weights(view.model)
+    for module in (mapped, narrow):
+        monkeypatch.setattr(module, "LARGE", 1)
+    if not room:
+        monkeypatch.setattr(mapped, "_most_files", lambda: 0)
+    own = {ref.path: ref.module.weight for unit in view.units for ref in unit.linears}
+    with narrow.narrow_weights(view.parts["vision"], torch.bfloat16, away=True):
+        for ref in view.linears("vision"):
+            weight = ref.module.weight
+            assert mapped.is_mapped(weight) and torch.equal(weight, own[ref.path].to(weight.dtype))
+            assert weight.dtype is (torch.bfloat16 if room else torch.float32)
+    assert all(ref.module.weight is own[ref.path] for unit in view.units for ref in unit.linears)
 
 
 def first(out: Any) -> torch.Tensor:
