@@ -8,10 +8,11 @@ calls and handed on as it is. Whether a unit treats its samples apart is not bel
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from .replay import Call, hidden
@@ -30,8 +31,7 @@ class Joined:
 
     def relayed(self, out: Any) -> Joined:
         """How the successor is called that is given what was returned, `out`, in the place of the first argument."""
-        (_, *args), kwargs = self.call
-        return Joined(self.batches, self.samples, ((hidden(out), *args), kwargs))
+        return replace(self, call=with_first(self.call, hidden(out)))
 
     def split(self, out: Any) -> list[Any]:
         """By batch what belongs to it in what was returned: views."""
@@ -62,7 +62,7 @@ def joined(calls: Sequence[Sequence[Call]], kinds: Sequence[Any]) -> list[Joined
         more = _tokens(batch[0]) if len(batch) == 1 else MOST_TOKENS
         last = groups[-1][-1] if groups else -1
         near = last >= 0 and len(batch) == len(calls[last]) == 1 and kinds[last] == kinds[number]
-        if near and tokens + more <= MOST_TOKENS and _alike(calls[last][0], batch[0]):
+        if near and tokens + more <= MOST_TOKENS and _alike(calls[groups[-1][0]][0], batch[0]):
             groups[-1].append(number)
             tokens += more
         else:
@@ -75,13 +75,25 @@ def apart(run: Callable[[Call], Any], one: Joined, calls: Sequence[Sequence[Call
     """Whether `run` returns of a joined call what it returns of the calls themselves."""
     try:
         parts = one.split(run(one.call))
-    except RuntimeError:  # shapes that do not fit each other
+    except Exception:  # shapes that do not fit each other, or a number of samples that the unit does not take
         return False
     for part, number in zip(parts, one.batches, strict=True):
         (mine, spec), (theirs, other) = tree_flatten(part), tree_flatten(run(calls[number][0]))
         if spec != other or not all(_near(a, b, tolerance) for a, b in zip(mine, theirs, strict=True)):
             return False
     return True
+
+
+def with_first(call: Call, first: Any) -> Call:
+    """The call with another first argument."""
+    (_, *args), kwargs = call
+    return (first, *args), kwargs
+
+
+def kind_of(module: nn.Module) -> tuple[Any, ...]:
+    """What a unit is made of: what one does with samples, another of the same kind does as well."""
+    parts = [(name, type(part), id(vars(part).get("forward"))) for name, part in module.named_modules() if name]
+    return (type(module), *parts)
 
 
 def _one(calls: Sequence[Sequence[Call]], group: list[int]) -> list[Joined]:
@@ -108,11 +120,11 @@ def _alike(one: Call, other: Call) -> bool:
                 return False
         elif (a.dtype, a.device, a.requires_grad) != (b.dtype, b.device, b.requires_grad) or vars(a) or vars(b):
             return False  # what travels with a tensor would be lost
-        elif _by_sample(a, counts[0]) and _by_sample(b, counts[1]):
-            if a.shape[1:] != b.shape[1:]:
+        else:
+            by_sample = _by_sample(a, counts[0])
+            same = a.shape[1:] == b.shape[1:] if by_sample else torch.equal(a, b)
+            if not same or by_sample != _by_sample(b, counts[1]):
                 return False
-        elif not torch.equal(a, b):
-            return False
     return True
 
 

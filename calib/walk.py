@@ -21,6 +21,7 @@ batch, so a mistake would be loud. A vision tower that is finished as a whole is
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from ..compress.runtime.seen import Kept, seen
 from ..compress.selectors import Where
 from .balance import Balance
 from .clock import Clock
-from .joined import Joined, alone, apart, joined
+from .joined import Joined, alone, apart, joined, kind_of, with_first
 from .narrow import narrow_dtype, narrow_weights, narrowed, narrowing
 from .replay import (
     Arrived,
@@ -108,7 +109,7 @@ class Walk:
         self._weighs = any(ref.unit.tokens != "image" for refs in self._selected.values() for ref in refs)
         self.balance = balance or Balance(view, batches, scratch)
         self._probe: Probe | None = None
-        self._apart: dict[Any, bool] = {}  # stack -> whether its blocks treat samples apart
+        self._apart: dict[Any, bool] = {}  # what units are made of -> whether they treat samples apart
 
     def __len__(self) -> int:
         return len(self._selected)
@@ -135,7 +136,7 @@ class Walk:
                 if not runs:
                     calls = self._capture(unit)
                     runs = self._joined(unit, calls)
-                elif not self._joins(unit):
+                elif not self._joins(unit, runs, calls):
                     runs = alone(calls)
             current = WalkUnit(self, unit, self._selected[unit], calls, runs)
             if number >= restored:  # what was restored is run through as it was the first time: the same bits
@@ -148,8 +149,8 @@ class Walk:
                         self._scratch.save(unit, current.notes)
                 now = rounding_of(unit.module)  # of a unit that is a linear itself: what was caught has met its hook
                 if now is not None and now is not rounding:
-                    calls = [[((now.round(args[0]), *args[1:]), kwargs) for args, kwargs in batch] for batch in calls]
-                    runs = alone(calls)
+                    calls = [[with_first(call, now.round(call[0][0])) for call in batch] for batch in calls]
+                    runs = [replace(one, call=with_first(one.call, now.round(one.call[0][0]))) for one in runs]
             if after is not None:
                 current._calls, current._runs = calls, runs
                 outs = current.replay(lambda one: self._run(unit, *one.call, narrow=True), last=True)  # noqa: B023
@@ -304,33 +305,37 @@ class Walk:
         return calls
 
     def _joined(self, unit: Unit, calls: list[list[Call]]) -> list[Joined]:
-        """The calls of several batches as one where the unit answers as it does to each; frees what they hold twice."""
-        if not self._joins(unit):
-            return alone(calls)
+        """The calls of several batches as one where that can be; frees what they then hold twice."""
         kinds = [
             [masks and masks.text.shape[1:] for ref in unit.linears for masks in [input_masks(self.view, batch, ref)]]
             for batch in self.batches
         ]
         runs = joined(calls, kinds)
-        several = [one for one in runs if len(one.batches) > 1]
-        kind = unit.path if unit.stack is None else unit.stack
-        if several and kind not in self._apart:
-            tolerance = 1e-3 if self._narrow is None else 2 * torch.finfo(self._narrow).eps
-            with narrow_weights([unit], self._narrow):
-                self._apart[kind] = apart(lambda call: self._run(unit, *call), several[0], calls, tolerance)
-        if several and not self._apart[kind]:
+        if not self._joins(unit, runs, calls):
             return alone(calls)
-        for one in several:
-            states = one.split(one.call[0][0])
-            for index, mine in zip(one.batches, states, strict=True):
-                ((_, *args), kwargs) = calls[index][0]
-                calls[index] = [((mine, *args), kwargs)]
+        for one in runs:
+            if len(one.batches) > 1:
+                for index, mine in zip(one.batches, one.split(one.call[0][0]), strict=True):
+                    calls[index] = [with_first(calls[index][0], mine)]
         return runs
 
-    def _joins(self, unit: Unit) -> bool:
-        """Whether the unit has nothing about it that might count calls."""
-        plain = all(only_lets_go(module) for module in unit.module.modules())
-        return plain and not self._runs_differ() and merging_of(unit.module) is None
+    def _joins(self, unit: Unit, runs: list[Joined], calls: list[list[Call]]) -> bool:
+        """Whether the unit may be called for several batches at once.
+
+        It has no hook that might count calls, and a unit that is made of the same answered the longest of these calls
+        as it does the batches one by one. Rounding of inputs, which a restored unit has from the start, is none.
+        """
+        several = [one for one in runs if len(one.batches) > 1]
+        plain = all(only_lets_go(m, before=int(rounding_of(m) is not None)) for m in unit.module.modules())
+        if not several or not plain or self._runs_differ() or merging_of(unit.module) is not None:
+            return False
+        made_of = kind_of(unit.module)
+        if made_of not in self._apart:
+            longest = max(several, key=lambda one: sum(one.samples))
+            tolerance = 1e-3 if self._narrow is None else 2 * torch.finfo(self._narrow).eps
+            with narrow_weights([unit], self._narrow):
+                self._apart[made_of] = apart(lambda call: self._run(unit, *call), longest, calls, tolerance)
+        return self._apart[made_of]
 
     def _relays(self, unit: Unit, after: Unit) -> bool:
         """Whether a finished unit's outputs and its own arguments are all that `after` is called with."""

@@ -225,9 +225,10 @@ def _let_go_after_use(model: nn.Module) -> None:
             module.register_forward_hook(_released)
 
 
-def only_lets_go(module: nn.Module) -> bool:
-    """Whether no hook of the module does anything but let go of mapped weights."""
-    return not module._forward_pre_hooks and all(hook is _released for hook in module._forward_hooks.values())
+def only_lets_go(module: nn.Module, before: int = 0) -> bool:
+    """Whether no hook of the module does anything but let go of mapped weights, but for so many before its forward."""
+    after = module._forward_hooks.values()
+    return len(module._forward_pre_hooks) == before and all(hook is _released for hook in after)
 
 
 def _released(module: nn.Module, *_: Any) -> None:

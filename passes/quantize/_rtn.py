@@ -40,6 +40,7 @@ def absmax_grid(w: torch.Tensor, bits: int, group: int, symmetric: bool, dtype: 
     return Grid(bits, group, False, scale, zero)
 
 
+@torch.no_grad()
 @one_thread()
 def searched_grid(
     w: torch.Tensor, importance: torch.Tensor | None, bits: int, group: int, symmetric: bool, dtype: torch.dtype

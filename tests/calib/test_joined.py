@@ -80,6 +80,15 @@ def test_others_stay_apart() -> None:
     ]  # fmt: skip
 
 
+def test_what_is_one_a_sample_in_one_batch_and_not_in_the_other_keeps_them_apart() -> None:
+    def call(samples: int) -> Any:
+        return ((torch.randn(samples, 5, 4),), {"places": torch.arange(2.0)})
+
+    runs = joined.joined([[call(n)] for n in (2, 2, 3, 3)], [""] * 4)
+    assert [one.batches for one in runs] == [(0, 1), (2, 3)]
+    assert [len(one.call[1]["places"]) for one in runs] == [4, 2]
+
+
 def test_no_more_tokens_than_pay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(joined, "MOST_TOKENS", 20)
     call: Any = ((torch.randn(2, 5, 4),), {})
@@ -87,7 +96,7 @@ def test_no_more_tokens_than_pay(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_a_joined_call_returns_is_cut_where_the_batches_meet() -> None:
-    calls: list[list[Any]] = [[((torch.full((n, 3, 2), float(n)),), {"scale": torch.ones(1)})] for n in (1, 2, 3)]
+    calls: list[list[Any]] = [[((torch.full((n, 3, 2), float(n)),), {"scale": torch.ones(5)})] for n in (1, 2, 3)]
     (one,) = joined.joined(calls, [""] * 3)
     assert one.samples == (1, 2, 3) and one.call[0][0].shape == (6, 3, 2)
     out = (one.call[0][0] * 2, None, {"loss": torch.tensor(1.0)})
@@ -100,7 +109,8 @@ def test_what_a_joined_call_returns_is_cut_where_the_batches_meet() -> None:
 
 
 @pytest.mark.parametrize(
-    "run", [lambda x: x - x.mean(0), lambda x: x[:1], lambda x: x.reshape(2, -1), lambda x: x * len(x)]
+    "run",
+    [lambda x: x - x.mean(0), lambda x: x[:1], lambda x: x.reshape(2, -1), lambda x: x * len(x), lambda x: refuse(x)],
 )
 def test_a_unit_that_mixes_samples_is_found_out(run: Any) -> None:
     torch.manual_seed(0)
@@ -110,13 +120,20 @@ def test_a_unit_that_mixes_samples_is_found_out(run: Any) -> None:
     assert not apart(lambda call: run(call[0][0]), one, calls, 1e-3)
 
 
-def test_a_block_that_mixes_samples_is_called_batch_by_batch() -> None:
+def refuse(x: torch.Tensor) -> torch.Tensor:
+    if len(x) > 2:
+        raise ValueError("two samples at most")
+    return x
+
+
+@pytest.mark.parametrize("which", [(0, 1, 2), (1,)])
+def test_a_block_that_mixes_samples_is_called_batch_by_batch(which: tuple[int, ...]) -> None:
     view, data = view_of(zoo.model("llava")), alike("llava")
-    for block in view.model.model.language_model.layers:
-        own = block.mlp.forward
-        block.mlp.forward = lambda x, own=own: own(x) * x.shape[0]  # type: ignore[method-assign]
+    for number in which:
+        mlp: Any = view.model.model.language_model.layers[number].mlp  # type: ignore[union-attr]
+        mlp.forward = lambda x, own=mlp.forward: own(x) * x.shape[0]
     runs, _, walk = walked(view, data)
-    assert runs["language.blocks[0]"] == runs["language.blocks[2]"] == [(0,), (1,), (2,)]
+    assert all(runs[f"language.blocks[{number}]"] == [(0,), (1,), (2,)] for number in which)
     for mine, theirs in zip(replayed(walk), [logits(view, batch) for batch in data], strict=True):
         assert torch.equal(mine, theirs)
 

@@ -11,9 +11,11 @@ import torch
 
 from svlm.calib.stats import Hessian
 from svlm.calib.walk import Walk
+from svlm.calib.walk_unit import WalkUnit
 from svlm.compress import disk
 from svlm.compress.anatomy import ModelView, view_of
 from svlm.compress.errors import WorkFailed
+from svlm.compress.runtime.activations import Activation, install
 from svlm.compress.runtime.grid import Grid
 from tests import zoo
 
@@ -84,6 +86,45 @@ def test_a_killed_walk_goes_on_bit_for_bit(family: str, stop: int, sizes: tuple[
     done = view_of(zoo.model(family))
     assert list(body(done, Walk(done, data, every_part(done), scratch=tmp_path))) == []
     assert all(torch.equal(wanted[name], tensor) for name, tensor in state(done).items())
+
+
+@pytest.mark.parametrize("family", ["llava", "smolvlm"])
+def test_restored_units_that_round_their_inputs_run_as_they_did(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last run of each unit, which its successor is given, is of the same batches together, and the same bits."""
+    ran: list[tuple[str, list[tuple[int, ...]], list[torch.Tensor]]] = []
+    replay = WalkUnit.replay
+
+    def watched(self: WalkUnit, run: Any, last: bool = False) -> Any:
+        if last:
+            ran.append((self.name, [one.batches for one in self._runs], [one.call[0][0].clone() for one in self._runs]))
+        return replay(self, run, last)
+
+    monkeypatch.setattr(WalkUnit, "replay", watched)
+    data, where = batches(family, (2, 2, 2)), ["vision", "connector", "language"]
+
+    def walk(view: ModelView, stop: int = -1, **options: Any) -> None:
+        for number, unit in enumerate(Walk(view, data, where, **options)):
+            if number == stop:
+                return
+            unit.observe(Hessian)
+            for ref in unit.linears:
+                view.activations[ref.path] = Activation()
+                install(ref.module, Activation())
+
+    walk(view_of(zoo.model(family)))
+    calm, names = list(ran), [name for name, _, _ in ran]
+    assert any(len(batch) == 3 for _, each, _ in calm for batch in each)
+    for stop in range(1, len(names) + 1):
+        scratch = tmp_path / str(stop)
+        walk(view_of(zoo.model(family)), stop, scratch=scratch)
+        ran.clear()
+        walk(view_of(zoo.model(family)), scratch=scratch)
+        assert [(name, each) for name, each, _ in ran] == [(name, each) for name, each, _ in calm]
+        assert all(
+            torch.equal(a, b) for mine, theirs in zip(ran, calm, strict=True) for a, b in zip(mine[2], theirs[2])
+        )
 
 
 def test_a_half_written_unit_does_not_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -97,3 +98,21 @@ def test_a_graph_that_stays_as_it_is_is_compiled_once() -> None:
     with torch.no_grad():
         wanted = module(x, torch.from_numpy(there))
     torch.testing.assert_close(torch.from_numpy(pictures.run(x.numpy(), there)[0]), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_the_second_graph_is_that_of_the_first_whatever_lies_there_later(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    modules = [Attention("there"), Attention("there")]
+    path = tmp_path / "0.xml"
+    graph, x = made(modules[0])
+    ov.save_model(graph, str(path), compress_to_fp16=False)
+    pictures = Pictures(ov.Core(), str(path), FLOAT32)
+    for file in list(tmp_path.iterdir()):
+        file.unlink()
+    ov.save_model(made(modules[1])[0], str(path), compress_to_fp16=False)
+    there = torch.tensor([[True] * 4 + [False] * 2])
+    with torch.no_grad():
+        wanted = modules[0](x, there)
+    torch.testing.assert_close(
+        torch.from_numpy(pictures.run(x.numpy(), there.numpy())[0]), wanted, rtol=1e-4, atol=1e-5
+    )

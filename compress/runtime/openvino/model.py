@@ -43,25 +43,24 @@ class Pictures:
     """
 
     def __init__(self, core: Any, source: Any, settings: Mapping[str, Any]) -> None:
-        """`source`: a graph, or the path of one."""
-        self._core, self._source, self._settings = core, source, settings
-        whole = of_whole_pictures(self._read())
-        self._graphs: dict[bool, Graph] = {} if whole is None else {True: self._compiled(whole)}
+        """`source`: a graph, or the path of one, which is read now: something else may lie there later."""
+        self._core, self._settings = core, dict(settings)
+        graph = core.read_model(source) if isinstance(source, str) else source
+        whole = of_whole_pictures(graph)
+        self._later = None if whole is None else graph
+        self._graphs = {True: self._compiled(graph if whole is None else whole)}
         if whole is None:
-            self._graphs[True] = self._graphs[False] = self._compiled(self._read())
+            self._graphs[False] = self._graphs[True]
 
     def run(self, *inputs: np.ndarray) -> list[np.ndarray]:
         """As `Graph.run`."""
         whole = all(bool(values.all()) for values in inputs if values.dtype == np.bool_)
         if whole not in self._graphs:
-            self._graphs[whole] = self._compiled(self._read())
+            self._graphs[whole], self._later = self._compiled(self._later), None
         return self._graphs[whole].run(*inputs)
 
-    def _read(self) -> Any:
-        return self._core.read_model(self._source) if isinstance(self._source, str) else self._source
-
     def _compiled(self, graph: Any) -> Graph:
-        return Graph(self._core.compile_model(graph, "CPU", dict(self._settings)))
+        return Graph(self._core.compile_model(graph, "CPU", self._settings))
 
 
 def array(tensor: Tensor) -> np.ndarray:

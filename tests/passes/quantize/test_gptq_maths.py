@@ -198,6 +198,8 @@ def test_a_searched_scale_may_be_negative_and_no_group_is_worse_than_plain(bits)
     assert (errors(searched) <= errors(plain) * (1 + 1e-5)).all()
     assert errors(searched).sum() < 0.9 * errors(plain).sum()
     assert (searched.scale < 0).any() and (searched.scale > 0).any()
+    again = searched_grid(torch.nn.Parameter(w), importance, bits, 16, True, BF16)
+    assert torch.equal(again.scale, searched.scale), "a weight that wants gradients"
     q = quantize(w, searched)
     assert q.min() == -(2 ** (bits - 1)) and on_grid(dequantize(q, searched), searched)
 
