@@ -35,25 +35,19 @@ class Factor:
 
     Attributes:
         order: [in], the columns in the order in which they are rounded.
-        upper: [in, in] float64, the upper Cholesky factor of the inverse of the damped, ordered H; None if H is zero
-            or never became positive definite. damping: what was added to the diagonal.
+        upper: [in, in], the upper Cholesky factor of the inverse of the damped, ordered H, computed in float64 and kept
+            in the precision of H; None if H is zero or never became positive definite.
+        importance: [in] float64, ``1 / U_ii^2`` by column of the weight, 0 where there is no input.
+        damping: what was added to the diagonal.
         retries: how often the damping was raised. dead: [in] bool, columns without input.
     """
 
     order: torch.Tensor
     upper: torch.Tensor | None
+    importance: torch.Tensor
     damping: float
     retries: int
     dead: torch.Tensor
-
-    @property
-    def importance(self) -> torch.Tensor:
-        """[in] float64, ``1 / U_ii^2`` by column of the weight."""
-        assert self.upper is not None
-        cost = torch.empty(len(self.order), dtype=torch.float64, device=self.upper.device)
-        cost[self.order] = self.upper.diagonal().square().reciprocal()
-        cost[self.dead] = 0.0
-        return cost
 
 
 @dataclass
@@ -110,11 +104,16 @@ def factor_of(h: torch.Tensor, damp: float = 0.01, act_order: ActOrder = "static
         order = torch.argsort(diagonal, descending=True, stable=True)
     else:
         order = torch.arange(len(h), device=h.device)
+    importance = torch.zeros(len(order), dtype=torch.float64, device=h.device)
     if bool(dead.all()):
-        return Factor(order, None, 0.0, 0, dead)
+        return Factor(order, None, importance, 0.0, 0, dead)
     upper, retries = inverse_factor(h[order][:, order], damp)
+    if upper is not None:
+        importance[order] = upper.diagonal().square().reciprocal()
+        importance[dead] = 0.0
+        upper = upper.to(h.dtype)
     mean = float(torch.where(dead, 1.0, diagonal.double()).mean())
-    return Factor(order, upper, damp * 10**retries * mean, retries, dead)
+    return Factor(order, upper, importance, damp * 10**retries * mean, retries, dead)
 
 
 def gptq(
@@ -238,6 +237,7 @@ def _spread(grid: Grid, precision: torch.dtype) -> tuple[torch.Tensor, torch.Ten
 
 def _slope(drift: torch.Tensor, upper: torch.Tensor) -> torch.Tensor:
     """GPTAQ's P [in, in]: what the columns after i take of column i's drift, ``triu(D U^T, 1) U``, strictly upper."""
+    upper = upper.double()
     return torch.triu(torch.triu(drift.double() @ upper.T, 1) @ upper, 1)
 
 
