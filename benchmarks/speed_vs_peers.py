@@ -148,7 +148,7 @@ def bound(folder: Path, o: argparse.Namespace) -> None:
     from safetensors.torch import save_file
 
     import svlm
-    from svlm.calib.narrow import narrow_dtype, narrowing
+    from svlm.calib.narrow import narrow_dtype, narrow_weights, narrowing
     from svlm.calib.replay import Arrived
     from svlm.compress.base import evaluating
 
@@ -158,7 +158,10 @@ def bound(folder: Path, o: argparse.Namespace) -> None:
     batches = read_batches(folder / "batches.safetensors", o.batch_size)
     view = svlm.load_view(folder / "model", lazy=True)
     view.decoder.register_forward_pre_hook(stop)
-    with clocked(), evaluating(view.model), narrowing(view.units, narrow_dtype(view)):
+    dtype, before = narrow_dtype(view), [unit for unit in view.units if unit.part in ("vision", "connector")]
+    with (
+        clocked(), evaluating(view.model), narrowing(view.units, dtype), narrow_weights(before, dtype, away=True),
+    ):  # fmt: skip
         for batch in batches:
             try:
                 view.model(**batch)
