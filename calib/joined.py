@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from .replay import Call, hidden
+from .replay import Call, hidden, with_first
 
 MOST_TOKENS = 2048  # of a joined call: with more of them it is no faster, and takes more memory
 PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
@@ -82,12 +82,6 @@ def apart(run: Callable[[Call], Any], one: Joined, calls: Sequence[Sequence[Call
         if spec != other or not all(_near(a, b, tolerance) for a, b in zip(mine, theirs, strict=True)):
             return False
     return True
-
-
-def with_first(call: Call, first: Any) -> Call:
-    """The call with another first argument."""
-    (_, *args), kwargs = call
-    return (first, *args), kwargs
 
 
 def kind_of(module: nn.Module) -> tuple[Any, ...]:

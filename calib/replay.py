@@ -220,7 +220,13 @@ def relays(call: Call, out: Any, after: Call) -> bool:
 def relayed(calls: list[list[Call]], outs: list[list[Any]]) -> list[list[Call]]:
     """How the successor is called where it is relayed what a block returned, by batch."""
     pairs = [zip(batch, returned, strict=True) for batch, returned in zip(calls, outs, strict=True)]
-    return [[((hidden(out), *args[1:]), kwargs) for (args, kwargs), out in batch] for batch in pairs]
+    return [[with_first(call, hidden(out)) for call, out in batch] for batch in pairs]
+
+
+def with_first(call: Call, first: Any) -> Call:
+    """The call with another first argument."""
+    (_, *args), kwargs = call
+    return (first, *args), kwargs
 
 
 def hidden(out: Any) -> Any:

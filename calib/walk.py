@@ -40,7 +40,7 @@ from ..compress.runtime.seen import Kept, seen
 from ..compress.selectors import Where
 from .balance import Balance
 from .clock import Clock
-from .joined import Joined, alone, apart, joined, kind_of, with_first
+from .joined import Joined, alone, apart, joined, kind_of
 from .narrow import narrow_dtype, narrow_weights, narrowed, narrowing
 from .replay import (
     Arrived,
@@ -52,6 +52,7 @@ from .replay import (
     recording,
     relayed,
     replaying,
+    with_first,
 )
 from .scratch import Scratch
 from .stats import TokenWeights, input_masks, modality_weights
